@@ -17,7 +17,6 @@ if __name__ == "__main__":  # a signal while PyTorch is still loading: there is 
     for stop_signal in STOP_SIGNALS:
         signal.signal(stop_signal, lambda *_: os._exit(EXIT_STOPPED))
 
-import csv
 import ctypes
 import importlib.metadata
 import importlib.util
@@ -51,79 +50,44 @@ from procgen.env import ENV_NAMES
 
 @dataclass
 class Args:
-    env_id: str = "coinrun"
-    """the game, one of the 16 of Procgen"""
-    distribution_mode: str = "easy"
-    """difficulty: easy or hard (all games), extreme, memory or exploration (some games)"""
-    num_levels: int = 200
-    """number of training levels; 0 means every level from start_level up"""
-    start_level: int = 0
-    """first training level"""
-    seed: int = 0
-    """seed of the games, the initial weights, the actions and the minibatches"""
+    env_id: str = "coinrun"  # the game, one of the 16 of Procgen
+    distribution_mode: str = "easy"  # difficulty: easy or hard (all games), extreme, memory or exploration (some games)
+    num_levels: int = 200  # number of training levels; 0 means every level from start_level up
+    start_level: int = 0  # first training level
+    seed: int = 0  # seed of the games, the initial weights, the actions and the minibatches
 
-    total_timesteps: int = 25_000_000
-    """environment steps in all, rounded down to whole iterations"""
-    num_envs: int = 64
-    """number of parallel games"""
-    num_steps: int = 256
-    """steps of every game in one rollout"""
-    learning_rate: float = 5e-4
-    """learning rate of Adam"""
-    anneal_lr: bool = False
-    """lower the learning rate linearly to zero over the run"""
-    gamma: float = 0.999
-    """discount factor, of the returns and of the reward normaliser"""
-    gae_lambda: float = 0.95
-    """lambda of generalised advantage estimation"""
-    num_minibatches: int = 8
-    """minibatches per epoch"""
-    update_epochs: int = 3
-    """epochs over every rollout"""
-    norm_adv: bool = True
-    """normalise the advantages of each minibatch"""
-    clip_coef: float = 0.2
-    """clipping range of the policy ratio, and of the value if clip_vloss"""
-    clip_vloss: bool = True
-    """clip the value loss too"""
-    ent_coef: float = 0.01
-    """weight of the entropy bonus"""
-    vf_coef: float = 0.5
-    """weight of the value loss"""
-    max_grad_norm: float = 0.5
-    """largest norm of the gradient"""
-    adam_eps: float = 1e-5
-    """epsilon of Adam"""
-    target_kl: float | None = None
-    """stop the epochs of an iteration once the approximate KL divergence exceeds this"""
-    hidden_size: int = 256
-    """width of the layer between the convolutions and the heads"""
+    total_timesteps: int = 25_000_000  # environment steps in all, rounded down to whole iterations
+    num_envs: int = 64  # number of parallel games
+    num_steps: int = 256  # steps of every game in one rollout
+    learning_rate: float = 5e-4  # learning rate of Adam
+    anneal_lr: bool = False  # lower the learning rate linearly to zero over the run
+    gamma: float = 0.999  # discount factor, of the returns and of the reward normaliser
+    gae_lambda: float = 0.95  # lambda of generalised advantage estimation
+    num_minibatches: int = 8  # minibatches per epoch
+    update_epochs: int = 3  # epochs over every rollout
+    norm_adv: bool = True  # normalise the advantages of each minibatch
+    clip_coef: float = 0.2  # clipping range of the policy ratio, and of the value if clip_vloss
+    clip_vloss: bool = True  # clip the value loss too
+    ent_coef: float = 0.01  # weight of the entropy bonus
+    vf_coef: float = 0.5  # weight of the value loss
+    max_grad_norm: float = 0.5  # largest norm of the gradient
+    adam_eps: float = 1e-5  # epsilon of Adam
+    target_kl: float | None = None  # stop the epochs of an iteration once the approximate KL divergence exceeds this
+    hidden_size: int = 256  # width of the layer between the convolutions and the heads
 
-    xpid: str | None = None
-    """name of the run; by default made of the hyperparameters and the seed"""
-    model_saving_dir: str = "models"
-    """checkpoints go to {model_saving_dir}/{env_id}/{xpid}/"""
-    resume: bool = False
-    """continue the run of this xpid if there is one"""
-    checkpoint: str | None = None
-    """start a new run from the weights and optimizer state of this checkpoint"""
-    log_interval: int = 10
-    """iterations between rolling checkpoints, and between lines in a log"""
-    archive_interval: int = 50
-    """iterations between archived, evaluated checkpoints"""
-    num_eval_episodes: int = 10
-    """test episodes per evaluation, one in each of as many parallel games"""
+    xpid: str | None = None  # name of the run; by default made of the hyperparameters and the seed
+    model_saving_dir: str = "models"  # checkpoints go to {model_saving_dir}/{env_id}/{xpid}/
+    resume: bool = False  # continue the run of this xpid if there is one
+    checkpoint: str | None = None  # start a new run from the weights and optimizer state of this checkpoint
+    log_interval: int = 10  # iterations between rolling checkpoints, and between lines in a log
+    archive_interval: int = 50  # iterations between archived, evaluated checkpoints
+    num_eval_episodes: int = 10  # test episodes per evaluation, one in each of as many parallel games
 
-    cuda: bool = True
-    """use the GPU if there is one"""
-    torch_deterministic: bool = True
-    """ask cuDNN for deterministic kernels"""
-    track: bool = False
-    """log to Weights & Biases as well"""
-    wandb_project_name: str = "procgen"
-    """Weights & Biases project"""
-    wandb_entity: str | None = None
-    """Weights & Biases team"""
+    cuda: bool = True  # use the GPU if there is one
+    torch_deterministic: bool = True  # ask cuDNN for deterministic kernels
+    track: bool = False  # log to Weights & Biases as well
+    wandb_project_name: str = "procgen"  # Weights & Biases project
+    wandb_entity: str | None = None  # Weights & Biases team
 
 
 # What a continuation may change: nothing here has a part in what is computed.
@@ -167,9 +131,7 @@ def check_args(args: Args) -> None:
         for name in names.split():
             require(holds(getattr(args, name)), name, wanted)
     most_levels = MAX_LEVEL - 1 - args.start_level  # one is left to test on
-    require(
-        args.num_levels <= most_levels, "num_levels", f"at most {most_levels} from --start-level {args.start_level} on"
-    )
+    require(args.num_levels <= most_levels, "num_levels", f"at most {most_levels} with this --start-level")
     batch = args.num_envs * args.num_steps
     require(batch % args.num_minibatches == 0, "num_minibatches", f"a divisor of num_envs * num_steps = {batch}")
     if args.norm_adv:  # a single advantage has no standard deviation
@@ -223,9 +185,6 @@ class ProcgenVectorEnv(gym.vector.VectorEnv):
         """Continue from get_state()'s return value. Returns the observations there."""
         self.games.set_state([state.numpy().tobytes() for state in states])
         return self.games.observe()[1]["rgb"]
-
-    def close_extras(self, **kwargs):
-        self.games.close()
 
 
 def layer_init(layer, std):
@@ -310,7 +269,7 @@ LOSSES = ("policy_loss", "value_loss", "entropy", "old_approx_kl", "approx_kl", 
 
 
 def ppo_loss(agent, obs, actions, logprobs, returns, values, advantages, args):
-    """PPO's loss (Schulman et al. 2017, equation 9), a mean over N samples, and its parts, (6,), in the order of LOSSES.
+    """PPO's loss (Schulman et al. 2017, equation 9), a mean over N samples, and its parts, (6,), in LOSSES' order.
 
     obs is (N, 64, 64, 3) uint8, the others (N,); logprobs and values come from the policy that acted.
     """
@@ -337,10 +296,10 @@ def ppo_loss(agent, obs, actions, logprobs, returns, values, advantages, args):
 
 @torch.inference_mode()
 def evaluate(agent, envs, start_states, seed, device):
-    """Play one episode in each of envs with sampled actions. Returns returns, lengths, level_complete, each (num_envs,).
+    """Play an episode in each of envs with sampled actions. Returns returns, lengths, level_complete, each (num_envs,).
 
-    One in each, because the first N episodes to end would be the short ones. From the same start_states and with its own
-    random generator it meets the same levels and the same luck every time, and takes nothing from the training.
+    One in each, because the first N to end would be the short ones. From the same start_states and with a random
+    generator of its own it meets the same levels and the same luck every time, and takes nothing from the training.
     """
     returns, lengths = np.zeros(envs.num_envs), np.zeros(envs.num_envs)
     level_complete, playing = np.zeros(envs.num_envs, dtype=bool), np.ones(envs.num_envs, dtype=bool)
@@ -379,7 +338,7 @@ def serialize(state: dict) -> bytes:
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Replace a file at one stroke: whoever reads it, or kills us, at any instant finds the old or the new one whole."""
+    """Replace a file at one stroke: at any instant, killed or not, there is the whole old or the whole new one."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         path.parent.mkdir(exist_ok=True)
@@ -499,26 +458,6 @@ def claim_run(run_dir: Path) -> None:
         leftover.unlink()
 
 
-def read_progress(path: Path, last_iteration: int) -> list:
-    """Rows of progress.csv up to the iteration that is resumed; those beyond it are about to be computed again."""
-    if not path.exists():
-        return []
-    with open(path, newline="") as file:
-        return [row for row in csv.DictReader(file) if int(row["iteration"]) <= last_iteration]
-
-
-def write_progress(path: Path, rows: list) -> None:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, rows[-1].keys(), extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_file(path, text.getvalue().encode())
-
-
-def mean(values):
-    return float(np.mean(values, dtype=float)) if len(values) else None
-
-
 def main():
     args = tyro.cli(Args, description=__doc__)
     if args.xpid is None:  # no clock in it: the same arguments name the same run
@@ -533,7 +472,7 @@ def main():
     num_iterations = args.total_timesteps // batch_size
     run_dir = Path(args.model_saving_dir) / args.env_id / args.xpid
     log_dir = Path("runs") / args.env_id / args.xpid
-    rolling_path = run_dir / "rolling" / "model.pt"
+    rolling_path, progress_path = run_dir / "rolling" / "model.pt", run_dir / "progress.csv"
     random.seed(args.seed)
     np.random.seed(args.seed)
     torch.manual_seed(args.seed)
@@ -548,7 +487,7 @@ def main():
     if args.checkpoint and not resuming:
         load_agent(agent, optimizer, load_checkpoint(Path(args.checkpoint)), args.checkpoint)
     claim_run(run_dir)
-    first_iteration, global_step, rows = 1, 0, []
+    first_iteration, global_step, progress = 1, 0, []
     if resuming:
         state = load_checkpoint(rolling_path)
         check_resumed_args(args, state["args"], run_dir)
@@ -557,7 +496,7 @@ def main():
             return
         load_agent(agent, optimizer, state, rolling_path)
         first_iteration, global_step = state["iteration"] + 1, state["global_step"]
-        rows = read_progress(run_dir / "progress.csv", state["iteration"])
+        progress = progress_path.read_text().splitlines()[: 1 + state["iteration"]]  # what lies beyond is done again
     elif not args.resume and any(not path.name.startswith(".") for path in run_dir.iterdir()):
         fail(f"{run_dir} holds a run already; continue it with --resume or choose another --xpid", 2)
 
@@ -565,9 +504,7 @@ def main():
     game = (args.env_id, args.distribution_mode)
     envs = ProcgenVectorEnv(args.num_envs, *game, args.start_level, args.num_levels, args.seed)
     envs = gym.wrappers.RecordEpisodeStatistics(envs)  # of the raw rewards
-    envs = gym.wrappers.NormalizeReward(
-        envs, gamma=args.gamma
-    )  # PPO's gamma: the returns it learns then vary by about 1
+    envs = gym.wrappers.NormalizeReward(envs, gamma=args.gamma)  # PPO's gamma: it learns returns of variance near 1
     envs = gym.wrappers.TransformReward(envs, lambda reward: np.clip(reward, -10, 10))
     # Tested on every level above the training range; with num_levels=0 there is none above and the two are the same.
     test_envs = ProcgenVectorEnv(args.num_eval_episodes, *game, args.start_level + args.num_levels, 0, args.seed)
@@ -582,11 +519,13 @@ def main():
     next_obs = torch.from_numpy(envs.reset()[0]).to(device)
     next_done = torch.zeros(args.num_envs, dtype=torch.bool, device=device)
     level_complete = deque(maxlen=100)  # beside the wrapper's return_queue and length_queue
+    latest_test_return = math.nan
     if resuming:
         set_env_state(envs, state["envs"])
         set_rng_state(state["rng"])
         next_obs, next_done = state["next_obs"].to(device), state["next_done"].to(device)
         level_complete.extend(state["level_complete"])
+        latest_test_return = state["latest_test_return"]
 
     # CHECKPOINTS
     procgen = importlib.metadata.packages_distributions()["procgen"][0]  # procgen or procgen-mirror
@@ -608,8 +547,8 @@ def main():
 
     def make_snapshot(iteration, test_return=None):
         """The content of rolling/model.pt, some 10 MB: a checkpoint and all else that an exact continuation needs."""
-        state = {"envs": get_env_state(envs), "rng": get_rng_state(), "level_complete": list(level_complete)}
-        state.update(next_obs=next_obs, next_done=next_done)
+        state = {"envs": get_env_state(envs), "rng": get_rng_state(), "next_obs": next_obs, "next_done": next_done}
+        state.update(level_complete=list(level_complete), latest_test_return=latest_test_return)
         return serialize({**make_checkpoint(iteration, test_return), **state})
 
     # LOGGING
@@ -633,7 +572,6 @@ def main():
     print(f"parameters   {sum(p.numel() for p in agent.parameters()):,}", flush=True)
     bar = tqdm(total=num_iterations * batch_size, initial=global_step, unit=" steps", unit_scale=True, smoothing=0,
                dynamic_ncols=True, disable=None)  # fmt: skip
-    latest_test_return = next((row["charts/test_return"] for row in reversed(rows) if row["charts/test_return"]), "-")
     start_time, start_step = time.time(), global_step
 
     # TRAINING. An iteration is complete when its evaluation, checkpoints and row of numbers are, too; then its state is
@@ -697,12 +635,12 @@ def main():
             losses["explained_variance"] = (1 - (b_returns - b_values).var() / b_returns.var()).item()
 
             # EVALUATION
-            test_return = test_length = test_level_complete = None
+            test_return = test_length = test_complete = math.nan
             if iteration % args.archive_interval == 0 or iteration == num_iterations:
                 bar.set_description("evaluate")
                 episodes = evaluate(agent, test_envs, test_start, args.seed, device)
-                test_return, test_length, test_level_complete = (float(x.mean()) for x in episodes)
-                latest_test_return = f"{test_return:.2f}"
+                test_return, test_length, test_complete = (float(x.mean()) for x in episodes)
+                latest_test_return = test_return
                 evaluated = make_checkpoint(iteration, test_return)
                 if iteration % args.archive_interval == 0:
                     write_evaluated(run_dir / "checkpoint", f"model_{iteration}_", test_return, evaluated)
@@ -710,37 +648,40 @@ def main():
                     final_path = write_evaluated(run_dir / "final", "model_", test_return, evaluated)
 
             # METRICS
-            steps_per_second = (global_step - start_step) / (time.time() - start_time)
+            speed = (global_step - start_step) / (time.time() - start_time)
+            train_return, train_length, train_complete = (
+                sum(map(float, last)) / len(last) if last else math.nan  # of the last 100 training episodes
+                for last in (envs.return_queue, envs.length_queue, level_complete)
+            )
             metrics = {
-                "charts/SPS": steps_per_second,
+                "charts/SPS": speed,
                 "charts/learning_rate": optimizer.param_groups[0]["lr"],
-                "charts/episodic_return": mean(envs.return_queue),
-                "charts/episodic_length": mean(envs.length_queue),
-                "charts/level_complete": mean(level_complete),
+                "charts/episodic_return": train_return,
+                "charts/episodic_length": train_length,
+                "charts/level_complete": train_complete,
                 "charts/test_return": test_return,
                 "charts/test_length": test_length,
-                "charts/test_level_complete": test_level_complete,
+                "charts/test_level_complete": test_complete,
                 **{f"losses/{name}": value for name, value in losses.items()},
             }
             for tag, value in metrics.items():
-                if value is not None:
+                if not math.isnan(value):
                     writer.add_scalar(tag, value, global_step)
             writer.flush()
-            rows.append({"iteration": iteration, "global_step": global_step, **metrics})
-            write_progress(run_dir / "progress.csv", rows)
-            train_return = f"{mean(envs.return_queue):.2f}" if envs.return_queue else "-"
-            bar.set_postfix(train=train_return, test=latest_test_return)
+            row = {"iteration": iteration, "global_step": global_step, **metrics}
+            progress = progress or [",".join(row)]  # the header
+            progress.append(",".join(map(str, row.values())))
+            write_file(progress_path, "\n".join(progress + [""]).encode())
+            returns = f"train return {train_return:.2f}, test return {latest_test_return:.2f}"
+            bar.set_postfix_str(returns)
 
-            snapshot = make_snapshot(iteration, test_return)
+            snapshot = make_snapshot(iteration, None if math.isnan(test_return) else test_return)
             if iteration % args.log_interval == 0 or iteration == num_iterations:
                 write_file(rolling_path, snapshot)
-                if bar.disable:  # not a terminal
-                    left = tqdm.format_interval((num_iterations - iteration) * batch_size / steps_per_second)
-                    print(
-                        f"iteration {iteration}/{num_iterations}, {global_step:,} steps, {steps_per_second:.0f} steps/s, "
-                        f"{left} left, train return {train_return}, test return {latest_test_return}",
-                        flush=True,
-                    )
+                if bar.disable:  # not a terminal: a line in a log
+                    left = tqdm.format_interval((num_iterations - iteration) * batch_size / speed)
+                    done = f"iteration {iteration}/{num_iterations}, {global_step:,} steps, {speed:.0f} steps/s"
+                    print(f"{done}, {left} left, {returns}", flush=True)
     except Stopped as stop:
         write_file(rolling_path, snapshot)
         bar.close()
@@ -749,7 +690,7 @@ def main():
     finally:
         bar.close()
         writer.close()
-    print(f"done: {final_path}, mean return {latest_test_return} in {args.num_eval_episodes} test episodes")
+    print(f"done: {final_path}, mean return {test_return:.2f} in {args.num_eval_episodes} test episodes")
 
 
 if __name__ == "__main__":
