@@ -187,6 +187,22 @@ class ProcgenVectorEnv(gym.vector.VectorEnv):
         return self.games.observe()[1]["rgb"]
 
 
+def make_envs(args: Args) -> gym.Env:
+    """The games to train on. A wrapper of your own goes here, and its state, if it has one, into get_env_state."""
+    envs = ProcgenVectorEnv(
+        args.num_envs, args.env_id, args.distribution_mode, args.start_level, args.num_levels, args.seed
+    )
+    envs = gym.wrappers.RecordEpisodeStatistics(envs)  # of the raw rewards
+    envs = gym.wrappers.NormalizeReward(envs, gamma=args.gamma)  # PPO's gamma: its returns then vary by about 1
+    return gym.wrappers.TransformReward(envs, lambda reward: np.clip(reward, -10, 10))
+
+
+def make_test_envs(args: Args) -> ProcgenVectorEnv:
+    """The levels above the training range, all of them. With num_levels=0 there are none, and the two are the same."""
+    first_level = args.start_level + args.num_levels
+    return ProcgenVectorEnv(args.num_eval_episodes, args.env_id, args.distribution_mode, first_level, 0, args.seed)
+
+
 def layer_init(layer, std):
     nn.init.orthogonal_(layer.weight, std)
     nn.init.constant_(layer.bias, 0.0)
@@ -397,7 +413,7 @@ def check_resumed_args(args: Args, saved: dict, run_dir: Path) -> None:
 
 
 def get_env_state(envs):
-    """State of the games and of gym's wrappers. If you add a wrapper that has a state, add it here and below."""
+    """State of the games and of the wrappers around them, as tensors and plain values."""
     return {
         "games": envs.unwrapped.get_state(),
         "episode_returns": envs.episode_returns.tolist(),
@@ -410,6 +426,7 @@ def get_env_state(envs):
 
 
 def set_env_state(envs, state):
+    """Continue from get_env_state's return value."""
     envs.unwrapped.set_state(state["games"])
     envs.episode_returns[:] = state["episode_returns"]
     envs.episode_lengths[:] = state["episode_lengths"]
@@ -445,17 +462,19 @@ def keep_large_blocks() -> None:
         ctypes.CDLL(None).mallopt(trim_threshold, 2**31 - 1)
 
 
-def claim_run(run_dir: Path) -> None:
-    """Make the run's folder and lock it until this process ends, however it ends."""
+def lock_run(run_dir: Path) -> filelock.BaseFileLock:
+    """Make the run's folder and lock it: until the lock is released or this process ends, however it ends."""
+    lock = filelock.FileLock(run_dir / ".lock")
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        filelock.FileLock(run_dir / ".lock", is_singleton=True).acquire(timeout=0)
+        lock.acquire(timeout=0)
     except filelock.Timeout:
         fail(f"{run_dir} is in use by another process; wait for it to end or choose another --xpid")
     except OSError as error:
         fail(f"{run_dir} cannot be written: {error.strerror}; choose another --model-saving-dir")
     for leftover in run_dir.rglob(".*.tmp"):  # of a write that was killed
         leftover.unlink()
+    return lock
 
 
 def main():
@@ -486,7 +505,7 @@ def main():
     resuming = args.resume and rolling_path.exists()
     if args.checkpoint and not resuming:
         load_agent(agent, optimizer, load_checkpoint(Path(args.checkpoint)), args.checkpoint)
-    claim_run(run_dir)
+    run_lock = lock_run(run_dir)
     first_iteration, global_step, progress = 1, 0, []
     if resuming:
         state = load_checkpoint(rolling_path)
@@ -496,18 +515,13 @@ def main():
             return
         load_agent(agent, optimizer, state, rolling_path)
         first_iteration, global_step = state["iteration"] + 1, state["global_step"]
-        progress = progress_path.read_text().splitlines()[: 1 + state["iteration"]]  # what lies beyond is done again
+        if progress_path.exists():  # its rows beyond the resumed iteration are about to be computed again
+            progress = progress_path.read_text().splitlines()[: 1 + state["iteration"]]
     elif not args.resume and any(not path.name.startswith(".") for path in run_dir.iterdir()):
         fail(f"{run_dir} holds a run already; continue it with --resume or choose another --xpid", 2)
 
     # GAMES
-    game = (args.env_id, args.distribution_mode)
-    envs = ProcgenVectorEnv(args.num_envs, *game, args.start_level, args.num_levels, args.seed)
-    envs = gym.wrappers.RecordEpisodeStatistics(envs)  # of the raw rewards
-    envs = gym.wrappers.NormalizeReward(envs, gamma=args.gamma)  # PPO's gamma: it learns returns of variance near 1
-    envs = gym.wrappers.TransformReward(envs, lambda reward: np.clip(reward, -10, 10))
-    # Tested on every level above the training range; with num_levels=0 there is none above and the two are the same.
-    test_envs = ProcgenVectorEnv(args.num_eval_episodes, *game, args.start_level + args.num_levels, 0, args.seed)
+    envs, test_envs = make_envs(args), make_test_envs(args)
     test_start = test_envs.get_state()
 
     # ROLLOUT STORAGE
@@ -687,9 +701,11 @@ def main():
         bar.close()
         print(f"stopped by {stop}, saved after iteration {iteration - 1}; the same command with --resume continues")
         sys.exit(EXIT_STOPPED)
-    finally:
-        bar.close()
-        writer.close()
+    except OSError as error:  # from TensorBoard's writer
+        fail(f"{log_dir} could not be written: {error.strerror or error}")
+    bar.close()
+    writer.close()
+    run_lock.release()
     print(f"done: {final_path}, mean return {test_return:.2f} in {args.num_eval_episodes} test episodes")
 
 
