@@ -20,6 +20,7 @@ if __name__ == "__main__":  # a signal while PyTorch is still loading: there is 
 # With this they do 105, and one run alone is as fast as before. It is read when PyTorch is loaded.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
+import contextlib
 import ctypes
 import importlib.metadata
 import importlib.util
@@ -94,7 +95,7 @@ class Args:
 
 
 # What a continuation may change: nothing here has a part in what is computed.
-FREE_ON_RESUME = ("xpid", "model_saving_dir", "resume", "log_interval", "archive_interval", "num_eval_episodes", "cuda")
+FREE_ON_RESUME = ("xpid", "model_saving_dir", "resume", "log_interval", "archive_interval", "num_eval_episodes")
 FREE_ON_RESUME += ("track", "wandb_project_name", "wandb_entity")
 # The games that have more modes than easy and hard. Asked for any other, Procgen's library ends the whole process.
 EXTRA_MODES = {
@@ -140,8 +141,9 @@ def check_args(args: Args) -> None:
     if args.norm_adv:  # a single advantage has no standard deviation
         require(batch > args.num_minibatches, "num_minibatches", f"at most {batch // 2}, or --no-norm-adv given")
     require(args.total_timesteps >= batch, "total_timesteps", f"at least one iteration, num_envs * num_steps = {batch}")
-    require(args.xpid == Path(args.xpid).name and args.xpid != "..", "xpid", "a plain folder name")
-    if args.track and importlib.util.find_spec("wandb") is None:
+    require(args.xpid not in ("", "..") and args.xpid == Path(args.xpid).name, "xpid", "a plain folder name")
+    # A folder wandb/, which that package makes, is found as well, but has no origin.
+    if args.track and getattr(importlib.util.find_spec("wandb"), "origin", None) is None:
         fail("--track needs the package wandb, which is not installed: pip install wandb, or leave --track out", 2)
 
 
@@ -175,9 +177,9 @@ class ProcgenVectorEnv(gym.vector.VectorEnv):
         rewards, frames, first = self.games.observe()
         infos = {}
         if first.any():  # get_info is slow
-            games = self.games.get_info()
+            game_infos = self.games.get_info()
             for key, dtype in (("prev_level_seed", int), ("prev_level_complete", bool)):
-                infos[key] = np.array([game[key] for game in games], dtype=dtype)
+                infos[key] = np.array([info[key] for info in game_infos], dtype=dtype)
         return frames["rgb"], rewards, first, np.zeros_like(first), infos
 
     def get_state(self):
@@ -196,7 +198,9 @@ def make_envs(args: Args) -> gym.Env:
         args.num_envs, args.env_id, args.distribution_mode, args.start_level, args.num_levels, args.seed
     )
     envs = gym.wrappers.RecordEpisodeStatistics(envs)  # of the raw rewards
-    envs = gym.wrappers.NormalizeReward(envs, gamma=args.gamma)  # PPO's gamma: its returns then vary by about 1
+    envs = gym.wrappers.NormalizeReward(
+        envs, gamma=args.gamma
+    )  # PPO's gamma, so that the returns it learns are to scale
     return gym.wrappers.TransformReward(envs, lambda reward: np.clip(reward, -10, 10))
 
 
@@ -351,8 +355,15 @@ def stop_if_asked() -> None:
 
 
 def serialize(state: dict) -> bytes:
+    """The content of a checkpoint file. Tensors go in as the CPU's: it must load on a machine without a GPU."""
+
+    def to_cpu(x):
+        if isinstance(x, dict):
+            return {key: to_cpu(value) for key, value in x.items()}
+        return x.cpu() if isinstance(x, torch.Tensor) else x
+
     buffer = io.BytesIO()
-    torch.save(state, buffer)
+    torch.save(to_cpu(state), buffer)
     return buffer.getvalue()
 
 
@@ -367,7 +378,8 @@ def write_file(path: Path, content: bytes) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         fail(f"{path} could not be written: {error.strerror}")
 
 
@@ -417,40 +429,34 @@ def check_resumed_args(args: Args, saved: dict, run_dir: Path) -> None:
 
 def get_env_state(envs):
     """State of the games and of the wrappers around them, as tensors and plain values."""
-    return {
-        "games": envs.unwrapped.get_state(),
-        "episode_returns": envs.episode_returns.tolist(),
-        "episode_lengths": envs.episode_lengths.tolist(),
-        "return_queue": [float(episode_return) for episode_return in envs.return_queue],
-        "length_queue": [int(length) for length in envs.length_queue],
-        "discounted_returns": envs.returns.tolist(),
-        "return_rms": [float(x) for x in (envs.return_rms.mean, envs.return_rms.var, envs.return_rms.count)],
-    }
+    names = ("episode_returns", "episode_lengths", "return_queue", "length_queue", "returns")
+    moments = [float(moment) for moment in (envs.return_rms.mean, envs.return_rms.var, envs.return_rms.count)]
+    state = {name: np.array(getattr(envs, name)).tolist() for name in names}
+    return {"games": envs.unwrapped.get_state(), "return_rms": moments, **state}
 
 
 def set_env_state(envs, state):
     """Continue from get_env_state's return value."""
     envs.unwrapped.set_state(state["games"])
-    envs.episode_returns[:] = state["episode_returns"]
-    envs.episode_lengths[:] = state["episode_lengths"]
+    for name in ("episode_returns", "episode_lengths", "returns"):
+        getattr(envs, name)[:] = state[name]
     envs.return_queue.extend(state["return_queue"])
     envs.length_queue.extend(state["length_queue"])
-    envs.returns[:] = state["discounted_returns"]
     envs.return_rms.mean, envs.return_rms.var, envs.return_rms.count = map(np.float64, state["return_rms"])
 
 
-def get_rng_state():
+def get_rng_state(device):
     name, keys, *rest = np.random.get_state()
-    generators = {"python": random.getstate(), "numpy": (name, keys.tolist(), *rest)}
-    return {**generators, "torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()}
+    state = {"python": random.getstate(), "numpy": (name, keys.tolist(), *rest), "torch": torch.get_rng_state()}
+    return state | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
 
 
-def set_rng_state(state):
+def set_rng_state(state, device):
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])
-    if len(state["cuda"]) == torch.cuda.device_count():  # else the run has moved to another machine
-        torch.cuda.set_rng_state_all(state["cuda"])
+    if device.type == "cuda" and "cuda" in state:  # it is not there if the run comes from a CPU
+        torch.cuda.set_rng_state(state["cuda"], device)
 
 
 def keep_large_blocks() -> None:
@@ -460,13 +466,17 @@ def keep_large_blocks() -> None:
     long as the arithmetic.
     """
     if platform.libc_ver()[0] == "glibc":
-        mmap_threshold, trim_threshold = -3, -1  # malloc.h
-        ctypes.CDLL(None).mallopt(mmap_threshold, 2**30)
-        ctypes.CDLL(None).mallopt(trim_threshold, 2**31 - 1)
+        mallopt, mmap_threshold, trim_threshold = ctypes.CDLL(None).mallopt, -3, -1  # malloc.h
+        mallopt(mmap_threshold, 2**30) or mallopt(mmap_threshold, 2**25)  # older versions refuse more than 32 MB
+        mallopt(trim_threshold, 2**31 - 1)
 
 
-def lock_run(run_dir: Path) -> filelock.BaseFileLock:
-    """Make the run's folder and lock it: until the lock is released or this process ends, however it ends."""
+def lock_run(run_dir: Path, log_dir: Path) -> filelock.BaseFileLock:
+    """Make the run's folders and lock it: until the lock is released or this process ends, however it ends."""
+    for folder in (run_dir, log_dir):
+        parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        if not parent.is_dir() or not os.access(parent, os.W_OK):
+            fail(f"{folder} cannot be written, as {parent} is no folder that can be; see --model-saving-dir")
     lock = filelock.FileLock(run_dir / ".lock")
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -475,7 +485,7 @@ def lock_run(run_dir: Path) -> filelock.BaseFileLock:
         fail(f"{run_dir} is in use by another process; wait for it to end or choose another --xpid")
     except OSError as error:
         fail(f"{run_dir} cannot be written: {error.strerror}; choose another --model-saving-dir")
-    for leftover in run_dir.rglob(".*.tmp"):  # of a write that was killed
+    for leftover in [*run_dir.glob(".*.tmp"), *run_dir.glob("*/.*.tmp")]:  # of a write that was killed
         leftover.unlink()
     return lock
 
@@ -492,6 +502,7 @@ def main():
     batch_size = args.num_envs * args.num_steps
     minibatch_size = batch_size // args.num_minibatches
     num_iterations = args.total_timesteps // batch_size
+    total_steps = num_iterations * batch_size
     run_dir = Path(args.model_saving_dir) / args.env_id / args.xpid
     log_dir = Path("runs") / args.env_id / args.xpid
     rolling_path, progress_path = run_dir / "rolling" / "model.pt", run_dir / "progress.csv"
@@ -508,10 +519,12 @@ def main():
     resuming = args.resume and rolling_path.exists()
     if args.checkpoint and not resuming:
         load_agent(agent, optimizer, load_checkpoint(Path(args.checkpoint)), args.checkpoint)
-    run_lock = lock_run(run_dir)
+    run_lock = lock_run(run_dir, log_dir)
     first_iteration, global_step, progress = 1, 0, []
     if resuming:
         state = load_checkpoint(rolling_path)
+        if "envs" not in state:
+            fail(f"{rolling_path} lacks the states of the games; put the file back that the run has saved")
         check_resumed_args(args, state["args"], run_dir)
         if state["iteration"] >= num_iterations:
             print(f"{run_dir} is finished; to train on, raise --total-timesteps")
@@ -520,6 +533,7 @@ def main():
         first_iteration, global_step = state["iteration"] + 1, state["global_step"]
         if progress_path.exists():  # its rows beyond the resumed iteration are about to be computed again
             progress = progress_path.read_text().splitlines()[: 1 + state["iteration"]]
+            write_file(progress_path, "\n".join([*progress, ""]).encode())
     elif not args.resume and any(not path.name.startswith(".") for path in run_dir.iterdir()):
         fail(f"{run_dir} holds a run already; continue it with --resume or choose another --xpid", 2)
 
@@ -539,7 +553,7 @@ def main():
     latest_test_return = math.nan
     if resuming:
         set_env_state(envs, state["envs"])
-        set_rng_state(state["rng"])
+        set_rng_state(state["rng"], device)
         next_obs, next_done = state["next_obs"].to(device), state["next_done"].to(device)
         level_complete.extend(state["level_complete"])
         latest_test_return = state["latest_test_return"]
@@ -564,7 +578,12 @@ def main():
 
     def make_snapshot(iteration, test_return=None):
         """The content of rolling/model.pt, some 10 MB: a checkpoint and all else that an exact continuation needs."""
-        state = {"envs": get_env_state(envs), "rng": get_rng_state(), "next_obs": next_obs, "next_done": next_done}
+        state = {
+            "envs": get_env_state(envs),
+            "rng": get_rng_state(device),
+            "next_obs": next_obs,
+            "next_done": next_done,
+        }
         state.update(level_complete=list(level_complete), latest_test_return=latest_test_return)
         return serialize({**make_checkpoint(iteration, test_return), **state})
 
@@ -574,26 +593,22 @@ def main():
 
         run = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": args.xpid, "id": args.xpid}
         wandb.init(**run, resume="allow", sync_tensorboard=True, config=asdict(args), save_code=True)
-    try:
-        # A process that was killed may have logged beyond the step that is resumed: TensorBoard is told to drop that.
-        writer = SummaryWriter(log_dir, purge_step=global_step + 1 if resuming else 0)
-    except OSError as error:
-        fail(f"{log_dir} cannot be written: {error.strerror}; start the script in a folder that can be")
+    # A process that was killed may have logged beyond the step that is resumed: TensorBoard is told to drop that.
+    writer = SummaryWriter(log_dir, purge_step=global_step + 1 if resuming else 0)
     if not resuming:
         table = "\n".join(f"|{name}|{value}|" for name, value in asdict(args).items())
         writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
-    where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(f"device       {where}")
+    device_name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    print(f"device       {device_name}")
     print(f"run folder   {run_dir}" + (f", resumed after iteration {first_iteration - 1}" if resuming else ""))
-    print(f"steps        {num_iterations * batch_size:,} ({num_iterations} iterations of {batch_size:,})")
+    print(f"steps        {total_steps:,} ({num_iterations} iterations of {batch_size:,})")
     print(f"parameters   {sum(p.numel() for p in agent.parameters()):,}", flush=True)
-    bar = tqdm(total=num_iterations * batch_size, initial=global_step, unit=" steps", unit_scale=True, smoothing=0,
-               dynamic_ncols=True, disable=None)  # fmt: skip
+    bar = tqdm(total=total_steps, initial=global_step, unit=" steps", unit_scale=True, smoothing=0, disable=None)
     start_time, start_step = time.time(), global_step
 
-    # TRAINING. An iteration is complete when its evaluation, checkpoints and row of numbers are, too; then its state is
-    # kept in memory. A signal saves the last such state, so that nothing of the iteration that it cut short remains.
-    snapshot = make_snapshot(first_iteration - 1)
+    # TRAINING. The state is kept in memory whenever an iteration's checkpoints and row are written. A signal saves the
+    # last such state and drops the iteration under way.
+    snapshot = make_snapshot(first_iteration - 1, state["test_return"] if resuming else None)
     try:
         for iteration in range(first_iteration, num_iterations + 1):
             if args.anneal_lr:
@@ -622,7 +637,7 @@ def main():
             b_values = values.flatten()
             batch = (obs.flatten(0, 1), actions.flatten(), logprobs.flatten(), b_returns, b_values)
 
-            # UPDATE. Nothing here waits for the device: the sums of the losses are read once, after the last minibatch.
+            # UPDATE. Nothing waits for the device, but for target_kl; the losses' sums are read once, at the end.
             # A minibatch's gradient is summed over chunks of it. On a CPU small chunks stay in the cache.
             chunk_size = minibatch_size if device.type == "cuda" else CPU_CHUNK
             loss_sums, updates = torch.zeros(len(LOSSES) + 1, device=device), 0
@@ -632,19 +647,19 @@ def main():
                     advantages = b_advantages[minibatch]
                     if args.norm_adv:
                         advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
-                    losses = torch.zeros(len(LOSSES), device=device)
+                    mb_losses = torch.zeros(len(LOSSES), device=device)
                     optimizer.zero_grad()
                     for chunk, chunk_advantages in zip(minibatch.split(chunk_size), advantages.split(chunk_size)):
                         stop_if_asked()
                         loss, parts = ppo_loss(agent, *(x[chunk] for x in batch), chunk_advantages, args)
                         share = len(chunk) / minibatch_size
                         (loss * share).backward()
-                        losses += parts * share
+                        mb_losses += parts * share
                     grad_norm = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
                     optimizer.step()
-                    loss_sums += torch.cat([losses, grad_norm[None]])
+                    loss_sums += torch.cat([mb_losses, grad_norm[None]])
                     updates += 1
-                if args.target_kl is not None and losses[LOSSES.index("approx_kl")] > args.target_kl:
+                if args.target_kl is not None and mb_losses[LOSSES.index("approx_kl")] > args.target_kl:
                     break
             losses = dict(zip((*LOSSES, "grad_norm"), (loss_sums / updates).tolist()))
             if not all(map(math.isfinite, losses.values())):
@@ -688,7 +703,7 @@ def main():
             row = {"iteration": iteration, "global_step": global_step, **metrics}
             progress = progress or [",".join(row)]  # the header
             progress.append(",".join(map(str, row.values())))
-            write_file(progress_path, "\n".join(progress + [""]).encode())
+            write_file(progress_path, "\n".join([*progress, ""]).encode())
             returns = f"train return {train_return:.2f}, test return {latest_test_return:.2f}"
             bar.set_postfix_str(returns)
 
@@ -704,8 +719,9 @@ def main():
         bar.close()
         print(f"stopped by {stop}, saved after iteration {iteration - 1}; the same command with --resume continues")
         sys.exit(EXIT_STOPPED)
-    except OSError as error:  # from TensorBoard's writer
-        fail(f"{log_dir} could not be written: {error.strerror or error}")
+    except OSError as error:
+        bar.close()
+        fail(f"{error.filename or log_dir} could not be written: {error.strerror or error}")
     bar.close()
     writer.close()
     run_lock.release()
