@@ -123,9 +123,9 @@ def check_args(args: Args) -> None:
     require(args.env_id in ENV_NAMES, "env_id", f"one of {', '.join(ENV_NAMES)}")
     modes = ["easy", "hard"] + [mode for mode, games in EXTRA_MODES.items() if args.env_id in games]
     require(args.distribution_mode in modes, "distribution_mode", f"one of {', '.join(modes)} for {args.env_id}")
-    sizes = "num_envs num_steps num_minibatches update_epochs hidden_size total_timesteps"
     for names, holds, wanted in (
-        (f"{sizes} log_interval archive_interval num_eval_episodes", lambda x: x >= 1, "at least 1"),
+        ("num_envs num_steps hidden_size num_eval_episodes", lambda x: 1 <= x <= 2**16, "between 1 and 65536"),
+        ("num_minibatches update_epochs total_timesteps log_interval archive_interval", lambda x: x >= 1, "at least 1"),
         ("learning_rate adam_eps clip_coef max_grad_norm", lambda x: 0 < x < math.inf, "a number above 0"),
         ("ent_coef vf_coef", lambda x: 0 <= x < math.inf, "a number of 0 or more"),
         ("gamma gae_lambda", lambda x: 0 <= x <= 1, "between 0 and 1"),
@@ -198,9 +198,7 @@ def make_envs(args: Args) -> gym.Env:
         args.num_envs, args.env_id, args.distribution_mode, args.start_level, args.num_levels, args.seed
     )
     envs = gym.wrappers.RecordEpisodeStatistics(envs)  # of the raw rewards
-    envs = gym.wrappers.NormalizeReward(
-        envs, gamma=args.gamma
-    )  # PPO's gamma, so that the returns it learns are to scale
+    envs = gym.wrappers.NormalizeReward(envs, gamma=args.gamma)  # with PPO's gamma: these are the returns it learns
     return gym.wrappers.TransformReward(envs, lambda reward: np.clip(reward, -10, 10))
 
 
@@ -395,7 +393,7 @@ def write_evaluated(folder: Path, prefix: str, test_return: float, state: dict) 
 def load_checkpoint(path: Path) -> dict:
     """Read a checkpoint without running any code in it. Exits with code 1 if it is missing, damaged or foreign."""
     if not path.is_file():
-        fail(f"checkpoint {path} does not exist")
+        fail(f"checkpoint {path} is not there")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises whatever it stumbles over
@@ -412,8 +410,8 @@ def load_agent(agent, optimizer, state: dict, path: Path) -> None:
         agent.load_state_dict(state["model_state_dict"])
         optimizer.load_state_dict({"state": state["optimizer_state_dict"]["state"], "param_groups": settings})
     except Exception as error:  # depends on what is in the file
-        reason = " ".join(str(error).split())[:200]
-        fail(f"checkpoint {path} does not fit this network of --hidden-size {agent.actor.in_features}: {reason}")
+        sizes = f"--hidden-size is {state['args'].get('hidden_size')} there and {agent.actor.in_features} here"
+        fail(f"checkpoint {path} does not fit the network ({type(error).__name__}; {sizes})")
 
 
 def check_resumed_args(args: Args, saved: dict, run_dir: Path) -> None:
@@ -480,6 +478,7 @@ def lock_run(run_dir: Path, log_dir: Path) -> filelock.BaseFileLock:
     lock = filelock.FileLock(run_dir / ".lock")
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
+        log_dir.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
     except filelock.Timeout:
         fail(f"{run_dir} is in use by another process; wait for it to end or choose another --xpid")
@@ -532,10 +531,14 @@ def main():
         load_agent(agent, optimizer, state, rolling_path)
         first_iteration, global_step = state["iteration"] + 1, state["global_step"]
         if progress_path.exists():  # its rows beyond the resumed iteration are about to be computed again
-            progress = progress_path.read_text().splitlines()[: 1 + state["iteration"]]
+            progress = progress_path.read_text(errors="replace").splitlines()[: 1 + state["iteration"]]
             write_file(progress_path, "\n".join([*progress, ""]).encode())
-    elif not args.resume and any(not path.name.startswith(".") for path in run_dir.iterdir()):
-        fail(f"{run_dir} holds a run already; continue it with --resume or choose another --xpid", 2)
+    elif any(run_dir.glob("*/*.pt")) or (not args.resume and (progress_path.exists() or any(log_dir.iterdir()))):
+        missing = f", but {rolling_path} is missing" if args.resume else ""
+        fail(
+            f"{run_dir} or {log_dir} holds a run already{missing}; continue it with --resume or choose another --xpid",
+            2,
+        )
 
     # GAMES
     envs, test_envs = make_envs(args), make_test_envs(args)
@@ -592,7 +595,10 @@ def main():
         import wandb
 
         run = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": args.xpid, "id": args.xpid}
-        wandb.init(**run, resume="allow", sync_tensorboard=True, config=asdict(args), save_code=True)
+        try:
+            wandb.init(**run, resume="allow", sync_tensorboard=True, config=asdict(args), save_code=True)
+        except wandb.Error as error:
+            fail(f"--track failed: {' '.join(str(error).split())}")
     # A process that was killed may have logged beyond the step that is resumed: TensorBoard is told to drop that.
     writer = SummaryWriter(log_dir, purge_step=global_step + 1 if resuming else 0)
     if not resuming:
@@ -603,12 +609,15 @@ def main():
     print(f"run folder   {run_dir}" + (f", resumed after iteration {first_iteration - 1}" if resuming else ""))
     print(f"steps        {total_steps:,} ({num_iterations} iterations of {batch_size:,})")
     print(f"parameters   {sum(p.numel() for p in agent.parameters()):,}", flush=True)
-    bar = tqdm(total=total_steps, initial=global_step, unit=" steps", unit_scale=True, smoothing=0, disable=None)
+    in_log = not (sys.stdout.isatty() and sys.stderr.isatty())  # lines there, a bar on a terminal
+    bar = tqdm(total=total_steps, initial=global_step, unit=" steps", unit_scale=True, smoothing=0, disable=in_log)
     start_time, start_step = time.time(), global_step
+    writer.flush()
 
     # TRAINING. The state is kept in memory whenever an iteration's checkpoints and row are written. A signal saves the
     # last such state and drops the iteration under way.
     snapshot = make_snapshot(first_iteration - 1, state["test_return"] if resuming else None)
+    write_file(rolling_path, snapshot)
     try:
         for iteration in range(first_iteration, num_iterations + 1):
             if args.anneal_lr:
@@ -710,7 +719,7 @@ def main():
             snapshot = make_snapshot(iteration, None if math.isnan(test_return) else test_return)
             if iteration % args.log_interval == 0 or iteration == num_iterations:
                 write_file(rolling_path, snapshot)
-                if bar.disable:  # not a terminal: a line in a log
+                if in_log:
                     left = tqdm.format_interval((num_iterations - iteration) * batch_size / speed)
                     done = f"iteration {iteration}/{num_iterations}, {global_step:,} steps, {speed:.0f} steps/s"
                     print(f"{done}, {left} left, {returns}", flush=True)

@@ -9,6 +9,7 @@ import os
 import pty
 import re
 import resource
+import shutil
 import signal
 import struct
 import subprocess
@@ -22,11 +23,10 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 import ppo_procgen
 from ppo_procgen import Agent, Args, ProcgenVectorEnv
 
+ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = [sys.executable, str(ROOT / "ppo_procgen.py")]
 XPID = "starpilot-easy-200-ppo-lr0.0005-epoch3-mb2-v0.5-ha0.01_0"
 # Six iterations of 64 steps. Saved after 2, 4 and 6; archived after 3 and 6.
@@ -193,7 +193,8 @@ def test_ppo_loss_and_its_gradient_equal_a_naive_version(clip_vloss):
         entropy = -(log_policy.exp() * log_policy).sum()
         terms.append(policy_loss - 0.01 * entropy + 0.5 * 0.5 * value_loss)
         clipped = float(abs(ratio - 1) > 0.2)
-        naive_parts.append([policy_loss, 0.5 * value_loss, entropy, -ratio.log(), ratio - 1 - ratio.log(), clipped])
+        parts_here = policy_loss, 0.5 * value_loss, entropy, -ratio.log(), ratio - 1 - ratio.log(), clipped
+        naive_parts.append([float(torch.as_tensor(part).detach()) for part in parts_here])
     naive = torch.stack(terms).mean()
     assert loss.item() == pytest.approx(naive.item(), rel=1e-4)
     for ours, theirs in zip(gradient, torch.autograd.grad(naive, list(agent.parameters()))):
@@ -344,9 +345,10 @@ def test_evaluation_is_repeatable_and_leaves_the_random_generator_alone():
     envs, device = ppo_procgen.make_test_envs(Args(env_id="bossfight", num_eval_episodes=3)), torch.device("cpu")
     start, agent, before = envs.get_state(), Agent(32), torch.get_rng_state()
     first = ppo_procgen.evaluate(agent, envs, start, 0, device)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.rand(1)  # the training goes on
     second = ppo_procgen.evaluate(agent, envs, start, 0, device)
     assert all(map(np.array_equal, first, second))
-    assert torch.equal(torch.get_rng_state(), before)
 
 
 # A RUN ON DISK
@@ -473,14 +475,16 @@ def killed(folder, where, name, fatal_call):
 @pytest.mark.parametrize(
     "moments",
     [
-        # 16 steps, 6 backward passes an iteration; files are renamed at csv 1 | csv 2, rolling 2 | model_3, csv 3 | ...
-        pytest.param([("ppo_procgen", "ppo_loss", 3)], id="before the first save"),
-        pytest.param([("os", "replace", 3)], id="during the first save"),
-        pytest.param([("os", "fsync", 7)], id="during the second save"),
+        # 16 steps, 6 backward passes an iteration; the order of files is rolling 0 | csv 1 | csv 2, rolling 2 |
+        # model_3, csv 3 | csv 4, rolling 4 | csv 5 | model_6, final, csv 6, rolling 6
+        pytest.param([("os", "replace", 1)], id="during the first save"),
+        pytest.param([("ppo_procgen", "ppo_loss", 3)], id="in the first iteration"),
+        pytest.param([("os", "replace", 4)], id="during the second save"),
+        pytest.param([("os", "fsync", 8)], id="during the third save"),
         pytest.param([("ppo_procgen.ProcgenVectorEnv", "step_wait", 40)], id="mid-rollout"),
         pytest.param([("ppo_procgen", "ppo_loss", 27)], id="mid-update"),
         pytest.param([("ppo_procgen", "evaluate", 1)], id="at an evaluation"),
-        pytest.param([("os", "replace", 5)], id="after a checkpoint is archived"),
+        pytest.param([("os", "replace", 6)], id="after a checkpoint is archived"),
         pytest.param([("ppo_procgen", "evaluate", 2)], id="before the final checkpoint"),
         pytest.param([("os", "replace", 12)], id="after the final checkpoint"),
         pytest.param([("ppo_procgen", "ppo_loss", 20), ("ppo_procgen", "ppo_loss", 15)], id="twice"),
@@ -563,6 +567,22 @@ def test_an_existing_run_is_never_overwritten(uninterrupted):
     assert {path: path.stat().st_mtime_ns for path in run_dir(uninterrupted).rglob("*.pt")} == before
 
 
+def test_a_lost_rolling_checkpoint_is_an_error(uninterrupted, tmp_path):
+    """To start from scratch would overwrite what the run has left."""
+    shutil.copytree(uninterrupted, tmp_path / "copy")
+    (run_dir(tmp_path / "copy") / "rolling" / "model.pt").unlink()
+    process = train(tmp_path / "copy", "--resume")
+    assert process.returncode == 2
+    assert_one_line(process.stderr, "rolling/model.pt is missing")
+    assert final(tmp_path / "copy")["iteration"] == 6
+
+
+def test_another_model_folder_does_not_take_over_the_tensorboard_folder(uninterrupted):
+    process = train(uninterrupted, "--model-saving-dir", "elsewhere")
+    assert process.returncode == 2
+    assert_one_line(process.stderr, f"runs/starpilot/{XPID}")
+
+
 def test_a_second_process_on_the_same_run_fails_at_once(tmp_path):
     endless = ("--total-timesteps", "1000000")
     first = subprocess.Popen([*SCRIPT, *SMALL, *endless], cwd=tmp_path, stdout=subprocess.DEVNULL)
@@ -622,6 +642,8 @@ def assert_one_line(stderr, *parts):
             "--total-timesteps is 63; it must be at least one iteration",
         ),
         ("--num-envs 0", "--num-envs is 0"),
+        ("--num-envs 1000000000000 --total-timesteps 1000000000000000", "--num-envs is 1000000000000"),
+        ("--num-eval-episodes 1000000000000", "--num-eval-episodes is 1000000000000"),
         ("--num-steps -1", "--num-steps is -1"),
         ("--update-epochs 0", "--update-epochs is 0"),
         ("--hidden-size 0", "--hidden-size is 0"),
@@ -682,6 +704,8 @@ def write_checkpoint(path, kind, good):
         torch.save({**load(good), "format": 99}, path)
     elif kind == "another network":
         torch.save({**load(good), "model_state_dict": Agent(64).state_dict()}, path)
+    elif kind == "archived":  # lacks the states of the games
+        shutil.copy(next(good.parent.parent.glob("checkpoint/*.pt")), path)
     elif kind == "with code":
         torch.save({**load(good), "extra": Intruder()}, path)
 
@@ -699,7 +723,7 @@ def test_a_bad_checkpoint_is_refused(kind, uninterrupted, tmp_path):
     assert {entry.name for entry in tmp_path.iterdir()} <= {"bad.pt"}
 
 
-@pytest.mark.parametrize("kind", ["truncated", "with code"])
+@pytest.mark.parametrize("kind", ["truncated", "with code", "archived"])
 def test_a_bad_rolling_checkpoint_is_refused(kind, uninterrupted, tmp_path):
     rolling = run_dir(tmp_path) / "rolling" / "model.pt"
     rolling.parent.mkdir(parents=True)
@@ -708,7 +732,7 @@ def test_a_bad_rolling_checkpoint_is_refused(kind, uninterrupted, tmp_path):
     process = train(tmp_path, "--resume")
     assert process.returncode == 1
     assert_one_line(process.stderr, "rolling/model.pt")
-    assert rolling.read_bytes() == before and not (tmp_path / "runs").exists() and not (tmp_path / "intruded").exists()
+    assert rolling.read_bytes() == before and not list(tmp_path.rglob("*tfevents*")) + list(tmp_path.glob("intruded"))
 
 
 @pytest.mark.parametrize("blocked", ["models", "runs"])
@@ -725,4 +749,4 @@ def test_a_full_disk_is_one_line_and_no_partial_file(tmp_path):
     process = launch(tmp_path, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
     assert process.returncode == 1
     assert_one_line(process.stderr, "rolling/model.pt could not be written")
-    assert not list(run_dir(tmp_path).rglob("*.pt*")) and len(progress(tmp_path)) == 2
+    assert not list(run_dir(tmp_path).rglob("*.pt*"))
