@@ -1,10 +1,8 @@
 """What ppo_procgen.py promises, on the real Procgen. Runs are real processes, compared bit for bit."""
 
-import contextlib
 import csv
 import fcntl
 import importlib.util
-import io
 import os
 import pty
 import re
@@ -15,12 +13,12 @@ import struct
 import subprocess
 import sys
 import termios
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import assert_one_line, run_main, wait_for
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import ppo_procgen
@@ -42,22 +40,7 @@ def launch(folder, *more, **options):
 
 def train(folder, *more):
     """The same in this process, which has PyTorch and Procgen's images loaded already."""
-    stdout, stderr = io.StringIO(), io.StringIO()
-    handlers = {signum: signal.getsignal(signum) for signum in ppo_procgen.STOP_SIGNALS}
-    folder_before, argv_before, code = Path.cwd(), sys.argv, 0
-    os.chdir(folder)
-    sys.argv = ["ppo_procgen.py", *SMALL, *more]
-    try:
-        with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
-            ppo_procgen.main()
-    except SystemExit as exit:
-        code = exit.code
-    finally:
-        os.chdir(folder_before)
-        sys.argv = argv_before
-        for signum, handler in handlers.items():
-            signal.signal(signum, handler)
-    return subprocess.CompletedProcess(more, code, stdout.getvalue(), stderr.getvalue())
+    return run_main(ppo_procgen, [*SMALL, *more], folder)
 
 
 def run_dir(folder, xpid=XPID):
@@ -115,13 +98,6 @@ def scalars(folder, xpid=XPID):
     accumulator.Reload()
     tags = accumulator.Tags()["scalars"]
     return {tag: [(event.step, event.value) for event in accumulator.Scalars(tag)] for tag in tags}
-
-
-def wait_for(condition, process):
-    deadline = time.monotonic() + 120
-    while not condition():
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 @pytest.fixture(scope="module")
@@ -618,12 +594,6 @@ def test_target_kl_ends_the_epochs_early(tmp_path):
 
 
 # BAD INPUT
-
-
-def assert_one_line(stderr, *parts):
-    assert len(stderr.strip().splitlines()) == 1, stderr
-    for part in parts:
-        assert part in stderr
 
 
 @pytest.mark.parametrize(

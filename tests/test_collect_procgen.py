@@ -1,0 +1,499 @@
+"""What collect_procgen.py promises, on the real Procgen, from checkpoints trained for a moment."""
+
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import assert_one_line, run_main, wait_for
+from PIL import Image
+from procgen import ProcgenGym3Env
+
+import collect_procgen
+import ppo_procgen
+from collect_procgen import Agent
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPT = [sys.executable, str(ROOT / "collect_procgen.py")]
+NAME = re.compile(r"\d{8}T\d{6}_(\d+)_(\d+)_(\d+)_(-?\d+\.\d\d)\.npz")
+KEYS = {
+    "observations": "uint8",
+    "actions": "int64",
+    "rewards": "float32",
+    "dones": "bool",
+    "truncations": "bool",
+    "log_probs": "float32",
+    "level_complete": "bool",
+    "level_seed": "int64",
+}
+
+
+def trained(folder, env_id):
+    """A checkpoint after two small iterations."""
+    sizes = "--num-envs 4 --num-steps 16 --num-minibatches 2 --total-timesteps 128 --num-eval-episodes 2 --no-cuda"
+    assert run_main(ppo_procgen, ["--env-id", env_id, *sizes.split()], folder).returncode == 0
+    return next((folder / "models" / env_id).glob("*/final/*.pt"))
+
+
+@pytest.fixture(scope="module")
+def starpilot(tmp_path_factory):
+    return trained(tmp_path_factory.mktemp("starpilot"), "starpilot")
+
+
+@pytest.fixture(scope="module")
+def dataset(starpilot, tmp_path_factory):
+    """Twelve episodes of starpilot from four games."""
+    folder = tmp_path_factory.mktemp("dataset") / "starpilot"
+    process = collect(folder, starpilot, "--num-episodes", "12")
+    assert process.returncode == 0, process.stderr
+    return folder
+
+
+def collect(folder, checkpoint, *more, num_envs=4):
+    command = ["--checkpoint", str(checkpoint), "--dataset-saving-dir", str(folder), "--no-cuda"]
+    return run_main(collect_procgen, [*command, "--num-envs", str(num_envs), *more], folder.parent)
+
+
+def verify(folder):
+    return subprocess.run([*SCRIPT, "--verify", str(folder)], capture_output=True, text=True, timeout=300)
+
+
+def episodes(folder):
+    """{index: (path, arrays)} of a dataset."""
+    found = {}
+    for path in folder.glob("*.npz"):
+        with np.load(path, allow_pickle=False) as file:
+            found[int(NAME.fullmatch(path.name)[1])] = (path, dict(file))
+    return dict(sorted(found.items()))
+
+
+def metadata(folder):
+    return json.loads((folder / "metadata.json").read_text())
+
+
+# A DATASET ON DISK
+
+
+def test_the_agent_is_the_same_text_in_both_scripts():
+    texts = []
+    for script in ("ppo_procgen.py", "collect_procgen.py"):
+        text = (ROOT / script).read_text()
+        texts.append(text[text.index("def layer_init(") : text.index("\n\n\n", text.index("class Agent("))])
+    assert texts[0] == texts[1] and "def get_action_and_value" in texts[0]
+
+
+def test_names_keys_shapes_and_dtypes(dataset):
+    for index, (path, episode) in episodes(dataset).items():
+        found, length, level_seed, episode_return = NAME.fullmatch(path.name).groups()
+        length = int(length)
+        assert {key: str(value.dtype) for key, value in episode.items()} == KEYS
+        assert episode["observations"].shape == (length + 1, 3, 64, 64)
+        assert episode["actions"].shape == episode["rewards"].shape == (length, 1)
+        assert episode["dones"].shape == episode["truncations"].shape == episode["log_probs"].shape == (length,)
+        assert episode["level_complete"].shape == episode["level_seed"].shape == ()
+        assert int(found) == index and int(level_seed) == episode["level_seed"]
+        assert float(episode_return) == pytest.approx(episode["rewards"].sum(), abs=0.005)
+        assert episode["dones"][-1] and episode["dones"].sum() == 1
+        assert np.array_equal(episode["observations"][-1], episode["observations"][-2])
+        assert len(np.unique(episode["observations"][0])) > 10
+
+
+def test_metadata(dataset, starpilot):
+    found, state = metadata(dataset), torch.load(starpilot, weights_only=True)
+    returns = [episode["rewards"].sum() for _, episode in episodes(dataset).values()]
+    lengths = [len(episode["dones"]) for _, episode in episodes(dataset).values()]
+    assert (found["episodes"], found["steps"], found["complete"], found["interruptions"]) == (12, sum(lengths), True, 0)
+    assert found["return_mean"] == pytest.approx(np.mean(returns))
+    assert found["return_std"] == pytest.approx(np.std(returns))
+    assert (found["return_min"], found["return_max"]) == pytest.approx((min(returns), max(returns)))
+    for key in ("xpid", "iteration", "global_step", "test_return"):
+        assert found[key] == state[key]
+    settings = found["env_id"], found["distribution_mode"], found["num_levels"], found["start_level"]
+    assert settings == ("starpilot", "easy", 200, 0)
+    assert len(found["checkpoint_sha256"]) == 64 and found["versions"]["procgen"].startswith("procgen")
+
+
+def test_frames_rewards_and_ends_equal_an_independent_replay(dataset):
+    for _, episode in episodes(dataset).values():
+        seed = int(episode["level_seed"])
+        game = ProcgenGym3Env(1, "starpilot", num_levels=1, start_level=seed, distribution_mode="easy", rand_seed=9)
+        for t, action in enumerate(episode["actions"][:, 0]):
+            assert np.array_equal(game.observe()[1]["rgb"][0], episode["observations"][t].transpose(1, 2, 0))
+            game.act(np.array([action]))
+            reward, _, first = game.observe()
+            assert reward[0] == episode["rewards"][t, 0] and first[0] == episode["dones"][t]
+
+
+def test_log_probs_are_those_of_the_policy(dataset, starpilot):
+    agent = Agent(256)
+    agent.load_state_dict(torch.load(starpilot, weights_only=True)["model_state_dict"])
+    for _, episode in list(episodes(dataset).values())[:3]:
+        frames = torch.from_numpy(episode["observations"][:-1].transpose(0, 2, 3, 1).copy())
+        with torch.no_grad():
+            log_probs = agent(frames)[0].log_softmax(1)
+        expected = log_probs.gather(1, torch.from_numpy(episode["actions"]))[:, 0]
+        np.testing.assert_allclose(episode["log_probs"], expected, atol=1e-4)
+        assert len(np.unique(episode["actions"])) > 5
+
+
+def test_episodes_under_way_are_finished_when_the_budget_ends(starpilot, tmp_path):
+    """A budget of one step starts one episode in each game, and every one of them is kept to its end."""
+    assert collect(tmp_path / "d", starpilot, "--total-timesteps", "1", num_envs=6).returncode == 0
+    lengths = [len(episode["dones"]) for _, episode in episodes(tmp_path / "d").values()]
+    assert len(lengths) == 6 and len(set(lengths)) > 1 and metadata(tmp_path / "d")["complete"]
+
+
+def test_the_budget_is_reached(starpilot, tmp_path):
+    assert collect(tmp_path / "d", starpilot, "--total-timesteps", "900").returncode == 0
+    steps = metadata(tmp_path / "d")["steps"]
+    assert 900 <= steps < 900 + 4 * 1000 and metadata(tmp_path / "d")["episodes"] > 4
+
+
+def test_a_number_of_episodes_is_a_quota_per_game(starpilot, tmp_path):
+    """With seven episodes of three games, the first game plays three, the others two: whatever their lengths."""
+    assert collect(tmp_path / "d", starpilot, "--num-episodes", "7", num_envs=3).returncode == 0
+    assert len(episodes(tmp_path / "d")) == 7
+    assert collect(tmp_path / "few", starpilot, "--num-episodes", "2", num_envs=4).returncode == 0
+    assert len(episodes(tmp_path / "few")) == 2
+
+
+def test_the_same_seed_gives_the_same_bytes(dataset, starpilot, tmp_path):
+    assert collect(tmp_path / "same", starpilot, "--num-episodes", "12").returncode == 0
+    assert collect(tmp_path / "other", starpilot, "--num-episodes", "12", "--seed", "1").returncode == 0
+    same, other, ours = episodes(tmp_path / "same"), episodes(tmp_path / "other"), episodes(dataset)
+    assert [path.read_bytes() for path, _ in same.values()] == [path.read_bytes() for path, _ in ours.values()]
+    assert [path.read_bytes() for path, _ in other.values()] != [path.read_bytes() for path, _ in ours.values()]
+    names = [[path.name.split("_")[1:] for path, _ in found.values()] for found in (same, ours)]
+    assert names[0] == names[1]
+
+
+def test_a_time_limit_is_a_truncation(tmp_path):
+    checkpoint = trained(tmp_path, "maze")
+    assert collect(tmp_path / "d", checkpoint, "--num-episodes", "8", num_envs=8).returncode == 0
+    cut = 0
+    for _, episode in episodes(tmp_path / "d").values():
+        expected = len(episode["dones"]) == 500 and not episode["level_complete"]
+        assert episode["truncations"][-1] == expected and not episode["truncations"][:-1].any()
+        cut += expected
+    assert 0 < cut
+    assert verify(tmp_path / "d").returncode == 0
+
+
+def test_a_preview_is_drawn(dataset):
+    sheet = np.asarray(Image.open(dataset / "preview.png"))
+    first = next(iter(episodes(dataset).values()))[1]["observations"][0].transpose(1, 2, 0)
+    assert np.array_equal(sheet[14 : 14 + 128 : 2, :128:2], first)
+    assert sheet.shape[0] == 8 * (128 + 14)
+
+
+def test_default_folder_is_named_after_game_run_and_checkpoint(starpilot, tmp_path):
+    options = "--num-episodes 1 --num-envs 1 --no-cuda".split()
+    assert run_main(collect_procgen, ["--checkpoint", str(starpilot), *options], tmp_path).returncode == 0
+    xpid = torch.load(starpilot, weights_only=True)["xpid"]
+    assert len(episodes(tmp_path / "datasets" / "starpilot" / xpid / starpilot.stem)) == 1
+
+
+# INTERRUPTED AND CONTINUED
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR2, signal.SIGKILL])
+def test_an_interrupted_collection_is_continued(signum, starpilot, tmp_path):
+    folder = tmp_path / "d"
+    command = [*SCRIPT, "--checkpoint", str(starpilot), "--dataset-saving-dir", str(folder), "--num-envs", "4"]
+    process = subprocess.Popen([*command, "--no-cuda"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    wait_for(lambda: len(list(folder.glob("*.npz"))) >= 5, process)
+    process.send_signal(signum)
+    process.wait(timeout=60)
+    assert process.returncode == (-signum if signum == signal.SIGKILL else 75)
+    before = episodes(folder)  # opens every file
+    found = metadata(folder)
+    assert (found["complete"], found["interruptions"]) == (False, 1)
+    if signum != signal.SIGKILL:
+        assert found["episodes"] == len(before)
+
+    process = collect(folder, starpilot, "--num-episodes", str(len(before) + 6))
+    assert process.returncode == 0, process.stderr
+    after = episodes(folder)
+    assert len(after) == len(before) + 6 and set(before) < set(after)
+    found = metadata(folder)
+    assert (found["complete"], found["interruptions"], found["episodes"]) == (True, 1, len(after))
+    played = {(int(episode["level_seed"]), episode["actions"].tobytes()) for _, episode in after.values()}
+    assert len(played) == len(after)  # none twice
+    assert not list(folder.glob(".*.tmp"))
+
+
+def test_a_complete_dataset_is_left_alone_and_can_be_extended(dataset, starpilot, tmp_path):
+    folder = tmp_path / "d"
+    shutil.copytree(dataset, folder)
+    names = sorted(path.name for path in folder.iterdir())
+    process = collect(folder, starpilot, "--num-episodes", "12")
+    assert process.returncode == 0 and "is complete" in process.stdout
+    assert sorted(path.name for path in folder.iterdir()) == names
+    assert collect(folder, starpilot, "--num-episodes", "15").returncode == 0
+    assert sorted(episodes(folder)) == list(range(1, 16)) and metadata(folder)["interruptions"] == 0
+    assert verify(folder).returncode == 0
+
+
+@pytest.mark.parametrize("change", ["--num-levels=100", "--start-level=5", "--distribution-mode=hard", "checkpoint"])
+def test_another_dataset_is_refused(change, dataset, starpilot, tmp_path):
+    if change == "checkpoint":
+        other = tmp_path / "other.pt"
+        torch.save({**torch.load(starpilot, weights_only=True), "iteration": 99}, other)
+        process = collect(dataset, other, "--num-episodes", "20")
+    else:
+        process = collect(dataset, starpilot, "--num-episodes", "20", change)
+    assert process.returncode == 2
+    assert_one_line(process.stderr, str(dataset))
+    assert len(episodes(dataset)) == 12
+
+
+def test_two_collections_into_one_folder(starpilot, tmp_path):
+    folder = tmp_path / "d"
+    command = [*SCRIPT, "--checkpoint", str(starpilot), "--dataset-saving-dir", str(folder), "--no-cuda"]
+    first = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    wait_for(lambda: (folder / "metadata.json").exists(), first)
+    second = collect(folder, starpilot)
+    first.kill()
+    first.wait()
+    assert second.returncode == 1
+    assert_one_line(second.stderr, str(folder), "in use")
+
+
+# EVALUATION
+
+
+def test_an_evaluation_prints_and_writes_nothing(starpilot, tmp_path):
+    options = "--no-save-dataset --num-episodes 20 --num-envs 4 --start-level 200 --num-levels 0 --no-cuda".split()
+    output = run_main(collect_procgen, ["--checkpoint", str(starpilot), *options], tmp_path).stdout
+    for line in (
+        "episodes            20,",
+        "mean return",
+        "standard error",
+        "normalised return",
+        "levels seen",
+        "steps/s",
+    ):
+        assert line in output
+    assert not list(tmp_path.iterdir())
+
+
+def test_levels_can_be_chosen(starpilot, tmp_path):
+    options = ("--num-episodes", "6", "--start-level", "200", "--num-levels", "0")
+    assert collect(tmp_path / "d", starpilot, *options).returncode == 0
+    assert all(episode["level_seed"] >= 200 for _, episode in episodes(tmp_path / "d").values())
+
+
+# RATIOS
+
+
+def make_run(root, source, xpid, archived, final):
+    """A hand-made run: {iteration: test return} of its archived checkpoints, and the final one's (or None)."""
+    state = torch.load(source, weights_only=True)
+    for iteration, test_return in archived.items():
+        path = root / "starpilot" / xpid / "checkpoint" / f"model_{iteration}_{test_return:.2f}.pt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save({**state, "xpid": xpid, "iteration": iteration, "test_return": test_return}, path)
+    if final is not None:
+        path = root / "starpilot" / xpid / "final" / f"model_{final:.2f}.pt"
+        path.parent.mkdir(parents=True)
+        args = {**state["args"], "seed": int(xpid.split("_")[1])}
+        torch.save({**state, "xpid": xpid, "iteration": 99, "test_return": final, "args": args}, path)
+
+
+def test_ratio_choices(starpilot, tmp_path):
+    make_run(tmp_path, starpilot, "plain_0", {5: 1.0, 10: 3.0, 50: 5.0}, 6.0)  # 0.5 x 6 = 3
+    make_run(tmp_path, starpilot, "tie_1", {40: 4.0, 30: 2.0, 100: 2.0}, 6.0)  # 2 and 4 are as near: the earliest
+    make_run(tmp_path, starpilot, "negative_2", {5: -3.0, 10: -1.1, 50: -2.0}, -2.0)  # 0.5 x -2 = -1
+    make_run(tmp_path, starpilot, "unfinished_3", {5: 1.0}, None)
+    make_run(tmp_path, starpilot, "seed_12", {5: 1.0, 10: 0.4}, 1.0)
+    arguments = ["--env-id", "starpilot", "--ratio-checkpoint-dir", str(tmp_path), "--num-episodes", "2"]
+    arguments += ["--num-envs", "2", "--no-cuda"]
+    process = run_main(collect_procgen, [*arguments, "--ratio", "0.5"], tmp_path)
+    assert process.returncode == 0, process.stderr
+    chosen = {}
+    for path in (tmp_path / "starpilot").glob("*/test_dataset/0.5/metadata.json"):
+        found = json.loads(path.read_text())
+        chosen[found["xpid"]] = (found["iteration"], found["target_return"])
+    assert chosen == {"plain_0": (10, 3.0), "tie_1": (30, 3.0), "negative_2": (10, -1.0), "seed_12": (10, 0.5)}
+    assert "unfinished_3 is skipped" in process.stdout
+    assert "plain_0: model_10_3.00.pt with test return 3.00, wanted 3.00" in process.stdout
+    # ratio 1.0 is the final checkpoint itself, with its own seed
+    assert run_main(collect_procgen, [*arguments, "--ratio", "1.0"], tmp_path).returncode == 0
+    found = json.loads((tmp_path / "starpilot/seed_12/test_dataset/1.0/metadata.json").read_text())
+    assert (found["iteration"], found["args"]["seed"]) == (99, 12)
+
+
+def test_no_run_with_a_final_checkpoint(starpilot, tmp_path):
+    make_run(tmp_path, starpilot, "unfinished_3", {5: 1.0}, None)
+    arguments = ["--env-id", "starpilot", "--ratio-checkpoint-dir", str(tmp_path), "--ratio", "0.5"]
+    process = run_main(collect_procgen, arguments, tmp_path)
+    assert process.returncode == 1
+    assert_one_line(process.stderr, "--ratio")
+
+
+# VERIFY
+
+
+def rewrite(folder, index, **changes):
+    path, episode = episodes(folder)[index]
+    np.savez_compressed(path, **{**episode, **changes})
+    return path
+
+
+def flip_a_bit(folder):
+    path, episode = episodes(folder)[3]
+    frames = episode["observations"]
+    frames[2, 1, 30, 30] ^= 1
+    return rewrite(folder, 3, observations=frames), "frame at step 2"
+
+
+def change_an_action(folder):
+    actions = episodes(folder)[4][1]["actions"]
+    actions[5:10] = (actions[5:10] + 7) % 15
+    return rewrite(folder, 4, actions=actions), "replay"
+
+
+def change_a_reward(folder):
+    rewards = episodes(folder)[5][1]["rewards"]
+    rewards[0], rewards[1] = rewards[0] + 1, rewards[1] - 1
+    return rewrite(folder, 5, rewards=rewards), "another reward at step 0"
+
+
+def rename(folder):
+    path = episodes(folder)[6][0]
+    new = path.with_name(re.sub(r"_(\d+)_(-?\d+\.\d\d)\.npz", r"_\g<1>_99.00.npz", path.name))
+    return path.rename(new), "name"
+
+
+def truncate(folder):
+    path = episodes(folder)[7][0]
+    path.write_bytes(path.read_bytes()[:-100])
+    return path, "damaged"
+
+
+def drop_a_key(folder):
+    path, episode = episodes(folder)[8]
+    del episode["log_probs"]
+    np.savez_compressed(path, **episode)
+    return path, "log_probs"
+
+
+def test_a_whole_dataset_is_verified_and_every_fault_is_found(dataset, tmp_path):
+    process = verify(dataset)
+    assert process.returncode == 0 and "12 episodes checked, 0 failed" in process.stdout, (
+        process.stdout + process.stderr
+    )
+    folder = tmp_path / "d"
+    shutil.copytree(dataset, folder)
+    faults = [spoil(folder) for spoil in (flip_a_bit, change_an_action, change_a_reward, rename, drop_a_key, truncate)]
+    process = verify(folder)
+    assert process.returncode == 1
+    for path, reason in faults:
+        (line,) = [line for line in process.stdout.splitlines() if path.name in line]
+        assert reason in line
+    assert "12 episodes checked, 6 failed" in process.stdout
+
+
+def test_a_missing_episode_is_noticed(dataset, tmp_path):
+    shutil.copytree(dataset, tmp_path / "d")
+    episodes(tmp_path / "d")[2][0].unlink()
+    process = verify(tmp_path / "d")
+    assert process.returncode == 1 and "11" in process.stdout
+
+
+def test_another_build_of_procgen_is_reported_as_such(dataset, tmp_path):
+    folder = tmp_path / "d"
+    shutil.copytree(dataset, folder)
+    found = metadata(folder)
+    found["versions"]["procgen"] = "procgen-from-elsewhere 0.10.7"
+    (folder / "metadata.json").write_text(json.dumps(found))
+    flip_a_bit(folder)
+    process = verify(folder)
+    assert process.returncode == 0 and "procgen-from-elsewhere" in process.stdout
+    change_an_action(folder)
+    change_a_reward(folder)
+    assert verify(folder).returncode == 1
+
+
+def test_games_whose_seed_is_not_enough_store_their_initial_state(tmp_path):
+    checkpoint = trained(tmp_path, "dodgeball")
+    assert collect(tmp_path / "d", checkpoint, "--num-episodes", "16").returncode == 0
+    for _, episode in episodes(tmp_path / "d").values():
+        assert episode["initial_state"].dtype == np.uint8 and len(episode["initial_state"]) > 1000
+    process = verify(tmp_path / "d")
+    assert process.returncode == 0, process.stdout
+
+
+# BAD INPUT
+
+
+@pytest.mark.parametrize(
+    "arguments, code, message",
+    [
+        ("", 2, "give one of --checkpoint"),
+        ("--checkpoint CHECKPOINT --ratio 0.5 --env-id starpilot", 2, "give one of --checkpoint"),
+        ("--ratio 0.5", 2, "--env-id is None; it must be given with --ratio"),
+        ("--ratio nan --env-id starpilot", 2, "--ratio is nan"),
+        ("--ratio 0.5 --env-id starpilot --dataset-saving-dir d", 2, "--dataset-saving-dir goes with --checkpoint"),
+        ("--ratio 0.5 --env-id miner --ratio-checkpoint-dir no", 1, "no/miner does not exist"),
+        ("--checkpoint CHECKPOINT --env-id miner", 2, "--env-id is 'miner'; it must be starpilot"),
+        ("--checkpoint CHECKPOINT --env-id pong", 2, "--env-id is 'pong'; it must be one of bigfish"),
+        ("--checkpoint CHECKPOINT --distribution-mode memory", 2, "--distribution-mode is 'memory'"),
+        ("--checkpoint CHECKPOINT --capacity 999", 2, "--capacity is 999; it must be at least 1000, the time limit"),
+        ("--checkpoint CHECKPOINT --num-envs 0", 2, "--num-envs is 0"),
+        ("--checkpoint CHECKPOINT --total-timesteps 0", 2, "--total-timesteps is 0"),
+        ("--checkpoint CHECKPOINT --num-episodes 0", 2, "--num-episodes is 0"),
+        ("--checkpoint CHECKPOINT --seed -1", 2, "--seed is -1"),
+        ("--checkpoint CHECKPOINT --num-levels -1", 2, "--num-levels is -1"),
+        ("--checkpoint CHECKPOINT --start-level 2147483640 --num-levels 100", 2, "--num-levels is 100"),
+        ("--checkpoint missing.pt", 1, "missing.pt does not exist"),
+        ("--checkpoint truncated.pt", 1, "truncated.pt is damaged"),
+        ("--checkpoint foreign.pt", 1, "foreign.pt is not one of ppo_procgen.py"),
+        ("--checkpoint hostile.pt", 1, "hostile.pt is damaged or holds more"),
+        ("--checkpoint network.pt", 1, "network.pt does not fit"),
+        ("--checkpoint CHECKPOINT --dataset-saving-dir a-file/d", 1, "a-file/d cannot be written"),
+        ("--verify nowhere", 1, "nowhere/metadata.json cannot be read"),
+    ],
+)
+def test_bad_input_is_one_line(arguments, code, message, starpilot, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("truncated.pt").write_bytes(starpilot.read_bytes()[:5000])
+    torch.save({"state_dict": {}}, "foreign.pt")
+    torch.save({**torch.load(starpilot, weights_only=True), "extra": Intruder()}, "hostile.pt")
+    torch.save({**torch.load(starpilot, weights_only=True), "model_state_dict": {}}, "network.pt")
+    Path("a-file").write_text("")
+    before = sorted(tmp_path.rglob("*"))
+    process = run_main(collect_procgen, arguments.replace("CHECKPOINT", str(starpilot)).split(), tmp_path)
+    assert process.returncode == code
+    assert_one_line(process.stderr, message)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+class Intruder:
+    """Leaves a folder named `intruded` behind when it is unpickled."""
+
+    def __reduce__(self):
+        return (os.mkdir, ("intruded",))
+
+
+def test_a_full_disk_is_one_line_and_no_partial_file(starpilot, tmp_path):
+    limit = 8_000  # bytes a file: as on a full disk, the system call fails in the middle of a write
+    command = [*SCRIPT, "--checkpoint", str(starpilot), "--dataset-saving-dir", str(tmp_path / "d"), "--no-cuda"]
+    command += ["--num-envs", "4", "--num-episodes", "12"]
+    full = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))}
+    process = subprocess.run(command, capture_output=True, text=True, **full)
+    assert process.returncode == 1
+    assert_one_line(process.stderr, str(tmp_path / "d"), "could not be written")
+    assert metadata(tmp_path / "d")["complete"] is False
+    assert all(path.stat().st_size < limit for path in (tmp_path / "d").glob("*.npz"))
+    assert not list((tmp_path / "d").glob(".*.tmp"))
+    assert collect(tmp_path / "d", starpilot, "--num-episodes", "12").returncode == 0
+    assert verify(tmp_path / "d").returncode == 0
