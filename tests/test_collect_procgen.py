@@ -423,8 +423,9 @@ def test_another_build_of_procgen_is_reported_as_such(dataset, tmp_path):
     assert verify(folder).returncode == 1
 
 
-def test_games_whose_seed_is_not_enough_store_their_initial_state(tmp_path):
-    checkpoint = trained(tmp_path, "dodgeball")
+@pytest.mark.parametrize("env_id", ["dodgeball", "miner"])
+def test_games_whose_seed_is_not_enough_store_their_initial_state(env_id, tmp_path):
+    checkpoint = trained(tmp_path, env_id)
     assert collect(tmp_path / "d", checkpoint, "--num-episodes", "16").returncode == 0
     for _, episode in episodes(tmp_path / "d").values():
         assert episode["initial_state"].dtype == np.uint8 and len(episode["initial_state"]) > 1000
