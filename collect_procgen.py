@@ -86,8 +86,8 @@ EXTRA_MODES = {
 }
 MAX_LEVEL = 2**31 - 1  # level seeds are int32
 TIME_LIMITS = {"bigfish": 6000, "bossfight": 4000, "plunder": 4000, "leaper": 500, "maze": 500}  # steps; others 1000
-# Games in which something survives a reset, so that the level seed alone does not decide how an episode goes: dodgeball's
-# enemies, and in miner whether diamonds are left in the very first step. A replay needs the state at the first frame.
+# Here something survives a reset, so that a level seed does not decide how an episode goes: a fresh dodgeball shows
+# other frames, and a fresh miner may complete a level in the first step. A replay needs the state at the first frame.
 STATEFUL_GAMES = ("dodgeball", "miner")
 # Return ranges of Cobbe et al. 2020, appendix C, for the normalised return (R - min) / (max - min).
 RANGES = {
