@@ -19,7 +19,6 @@ if __name__ == "__main__":  # a signal while PyTorch is still loading: there is 
 # OpenMP threads spin while they wait, GNU's so long by default that processes on the same cores stall each other.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
-import ctypes
 import hashlib
 import importlib.metadata
 import io
@@ -323,12 +322,15 @@ def write_file(path: Path, content: bytes) -> None:
 
 def write_episode(folder: Path, index: int, limit: int, episode: dict) -> None:
     """Compress and write one episode; the keys are explained in the README. Runs in a thread: zlib releases the GIL."""
-    frames, length = episode["frames"], len(episode["actions"])
-    observations = np.concatenate([frames, frames[-1:]]).transpose(0, 3, 1, 2)  # Procgen never renders the last frame
+    frames, length = episode.pop("frames"), len(episode["actions"])
+    observations = np.empty((length + 1, 3, 64, 64), np.uint8)
+    observations[:-1] = frames.transpose(0, 3, 1, 2)
+    observations[-1] = observations[-2]  # Procgen never renders the terminal frame
+    del frames
     last = np.arange(length) == length - 1
     level_seed, level_complete = episode["level_seed"], episode["level_complete"]
     arrays = {
-        "observations": np.ascontiguousarray(observations),
+        "observations": observations,
         "actions": episode["actions"][:, None],
         "rewards": episode["rewards"][:, None],
         "dones": last,
@@ -376,14 +378,6 @@ def load_agent(state: dict, path: Path) -> Agent:
     except Exception as error:  # depends on what is in the file
         fail(f"checkpoint {path} does not fit the network: {' '.join(str(error).split())[:200]}")
     return agent
-
-
-def keep_large_blocks() -> None:
-    """Tell glibc's malloc to keep freed memory, which it would hand back to the kernel and fault in again."""
-    if platform.libc_ver()[0] == "glibc":
-        mallopt, mmap_threshold, trim_threshold = ctypes.CDLL(None).mallopt, -3, -1  # malloc.h
-        mallopt(mmap_threshold, 2**30) or mallopt(mmap_threshold, 2**25)  # older versions refuse more than 32 MB
-        mallopt(trim_threshold, 2**31 - 1)
 
 
 def versions() -> dict:
@@ -486,7 +480,7 @@ def collect(args: Args, path: Path, state: dict, folder: Path | None, chosen: di
                     completed.append(episode["level_complete"])
                     level_seeds.add(episode["level_seed"])
                     if folder:
-                        finish(pending, 2 * workers)  # a bound on the memory that waits to be written
+                        finish(pending, workers)  # a bound on the memory that waits to be written
                         pending.append(pool.submit(write_episode, folder, next_index, limit, episode))
                         next_index += 1
                     bar.update(lengths[-1] if unit == "steps" else 1)
@@ -702,7 +696,6 @@ def main():
     check_args(args)
     for stop_signal in STOP_SIGNALS:
         signal.signal(stop_signal, lambda signum, _: signals_received.append(signum))
-    keep_large_blocks()
     if args.verify is not None:
         sys.exit(verify(Path(args.verify)))
     if args.ratio is not None:
