@@ -83,6 +83,7 @@ EXTRA_MODES = {
     "memory": ("caveflyer", "dodgeball", "heist", "jumper", "maze", "miner"),
     "exploration": ("caveflyer", "climber", "coinrun", "heist", "jumper", "leaper", "maze", "ninja"),
 }
+INHERITED = ("env_id", "distribution_mode", "num_levels", "start_level", "seed")  # from the checkpoint unless given
 MAX_LEVEL = 2**31 - 1  # level seeds are int32
 TIME_LIMITS = {"bigfish": 6000, "bossfight": 4000, "plunder": 4000, "leaper": 500, "maze": 500}  # steps; others 1000
 # Here something survives a reset, so that a level seed does not decide how an episode goes: a fresh dodgeball shows
@@ -135,8 +136,7 @@ def check_args(args: Args) -> None:
 
 def fill_in(args: Args, trained: dict) -> Args:
     """The arguments with what was left out taken from the checkpoint's, and checked against each other."""
-    inherited = ("env_id", "distribution_mode", "num_levels", "start_level", "seed")
-    args = replace(args, **{name: trained[name] for name in inherited if getattr(args, name) is None})
+    args = replace(args, **{name: trained[name] for name in INHERITED if getattr(args, name) is None})
     require(args, args.env_id == trained["env_id"], "env_id", f"{trained['env_id']}, the game of the checkpoint")
     modes = ["easy", "hard"] + [mode for mode, games in EXTRA_MODES.items() if args.env_id in games]
     require(args, args.distribution_mode in modes, "distribution_mode", f"one of {', '.join(modes)} for {args.env_id}")
@@ -368,6 +368,11 @@ def load_checkpoint(path: Path) -> dict:
         fail(f"checkpoint {path} is damaged or holds more than tensors and plain values ({type(error).__name__})")
     if not isinstance(state, dict) or state.get("format") != 1 or not isinstance(state.get("args"), dict):
         fail(f"checkpoint {path} is not one of ppo_procgen.py in format 1")
+    wanted = ["model_state_dict", "xpid", "iteration", "global_step", "test_return"]
+    missing = [key for key in wanted if key not in state]
+    missing += [key for key in (*INHERITED, "hidden_size") if key not in state["args"]]
+    if missing:
+        fail(f"checkpoint {path} lacks {', '.join(missing)}")
     return state
 
 
@@ -400,16 +405,17 @@ def open_dataset(folder: Path, made_with: dict) -> tuple:
         leftover.unlink()
     metadata = {"continuations": -1, "interruptions": 0, "complete": False}
     if (folder / "metadata.json").exists():
-        metadata = json.loads((folder / "metadata.json").read_text())
+        try:
+            metadata = {**metadata, **json.loads((folder / "metadata.json").read_text())}
+        except (ValueError, TypeError):
+            fail(f"{folder / 'metadata.json'} is damaged; choose another --dataset-saving-dir")
         names = ("env_id", "distribution_mode", "num_levels", "start_level", "checkpoint_sha256")
         for name in names:
-            if metadata[name] != made_with[name]:
-                fail(
-                    f"{folder} holds a dataset whose {name} is {metadata[name]}, not {made_with[name]}; choose another",
-                    2,
-                )
+            if metadata.get(name) != made_with[name]:
+                found = f"{name} {metadata.get(name)}, not {made_with[name]}"
+                fail(f"{folder} holds a dataset with {found}; choose another --dataset-saving-dir", 2)
     elif list(folder.glob("*.npz")):
-        fail(f"{folder} holds episodes without a metadata.json; choose another folder", 2)
+        fail(f"{folder} holds episodes without a metadata.json; choose another --dataset-saving-dir", 2)
     return {**metadata, **made_with}, lock
 
 
@@ -467,7 +473,8 @@ def collect(args: Args, path: Path, state: dict, folder: Path | None, chosen: di
 
     print(f"{args.env_id}, {args.distribution_mode}, {path} -> {folder or 'evaluation only'}", flush=True)
     unit, total = ("steps", max_steps) if num_episodes is None else ("episodes", num_episodes)
-    bar = tqdm(total=total, unit=f" {unit}", unit_scale=True, smoothing=0, dynamic_ncols=True, disable=None)
+    in_log = not (sys.stdout.isatty() and sys.stderr.isatty())  # lines there, a bar on a terminal
+    bar = tqdm(total=total, unit=f" {unit}", unit_scale=True, smoothing=0, disable=in_log)
     returns, lengths, completed, level_seeds, pending = [], [], [], set(), deque()
     start_time = last_line = time.time()
     workers = min(4, os.cpu_count())
@@ -484,7 +491,7 @@ def collect(args: Args, path: Path, state: dict, folder: Path | None, chosen: di
                         pending.append(pool.submit(write_episode, folder, next_index, limit, episode))
                         next_index += 1
                     bar.update(lengths[-1] if unit == "steps" else 1)
-                    if bar.disable and time.time() - last_line > 30:
+                    if in_log and time.time() - last_line > 30:
                         last_line = time.time()
                         speed = sum(lengths) / (last_line - start_time)
                         print(f"{len(returns)} episodes, {sum(lengths):,} steps, {speed:.0f} steps/s", flush=True)
@@ -538,6 +545,7 @@ def choose_checkpoints(args: Args) -> list:
         fail(f"{root} does not exist; --ratio-checkpoint-dir and --env-id say where the runs are")
     for run in sorted(path for path in root.iterdir() if path.is_dir()):
         states = {path: load_checkpoint(path) for path in [*run.glob("final/*.pt"), *run.glob("checkpoint/*.pt")]}
+        states = {path: state for path, state in states.items() if state["test_return"] is not None}
         final = max(
             (path for path in states if path.parent.name == "final"), key=lambda p: states[p]["iteration"], default=None
         )
@@ -661,7 +669,8 @@ def verify(folder: Path) -> int:
     if len(paths) != metadata["episodes"] and metadata["complete"]:
         print(f"metadata.json counts {metadata['episodes']} episodes, the folder holds {len(paths)}")
         failed.append(folder / "metadata.json")
-    bar = tqdm(total=len(paths), unit=" episodes", smoothing=0, dynamic_ncols=True, disable=None)
+    in_log = not (sys.stdout.isatty() and sys.stderr.isatty())
+    bar = tqdm(total=len(paths), unit=" episodes", smoothing=0, disable=in_log)
     last_line = time.time()
     spawn = multiprocessing.get_context("spawn")  # Procgen does not survive a fork
     with ProcessPoolExecutor(os.cpu_count(), spawn, ignore_signals) as pool:
@@ -673,7 +682,7 @@ def verify(folder: Path) -> int:
                     failed.append(futures[future])
                     tqdm.write(f"{futures[future]}: {fault}")
                 bar.update()
-                if bar.disable and time.time() - last_line > 30:
+                if in_log and time.time() - last_line > 30:
                     last_line = time.time()
                     print(f"{done} of {len(paths)} episodes checked, {len(failed)} failed", flush=True)
         except Stopped as stop:
