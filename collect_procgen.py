@@ -129,6 +129,7 @@ def check_args(args: Args) -> None:
         if args.dataset_saving_dir is not None:
             fail("--dataset-saving-dir goes with --checkpoint; with --ratio it is --ratio-dataset-dir, in each run", 2)
     require(args, args.env_id is None or args.env_id in ENV_NAMES, "env_id", f"one of {', '.join(ENV_NAMES)}")
+    require(args, args.num_envs <= 2**16, "num_envs", "at most 65536")
     for name in ("total_timesteps", "num_episodes", "num_envs", "preview"):
         value, least = getattr(args, name), 0 if name == "preview" else 1
         require(args, value is None or value >= least, name, f"at least {least}")
@@ -147,7 +148,7 @@ def fill_in(args: Args, trained: dict) -> Args:
     limit = time_limit(args.env_id, args.distribution_mode)
     capacity = limit if args.capacity is None else args.capacity
     require(args, capacity >= limit, "capacity", f"at least {limit}, the time limit of {args.env_id}")
-    return replace(args, capacity=capacity)
+    return replace(args, capacity=min(capacity, limit))  # no episode reaches beyond
 
 
 def time_limit(env_id: str, distribution_mode: str) -> int:
@@ -363,7 +364,8 @@ def load_checkpoint(path: Path) -> dict:
     if not path.is_file():
         fail(f"checkpoint {path} does not exist")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        content = path.read_bytes()
+        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises whatever it stumbles over
         fail(f"checkpoint {path} is damaged or holds more than tensors and plain values ({type(error).__name__})")
     if not isinstance(state, dict) or state.get("format") != 1 or not isinstance(state.get("args"), dict):
@@ -373,7 +375,11 @@ def load_checkpoint(path: Path) -> dict:
     missing += [key for key in (*INHERITED, "hidden_size") if key not in state["args"]]
     if missing:
         fail(f"checkpoint {path} lacks {', '.join(missing)}")
-    return state
+    trained, xpid = state["args"], state["xpid"]
+    numbers = (trained[key] for key in ("num_levels", "start_level", "seed", "hidden_size"))
+    if trained["env_id"] not in ENV_NAMES or not all(isinstance(x, int) for x in numbers) or xpid != Path(xpid).name:
+        fail(f"checkpoint {path} has arguments that ppo_procgen.py does not write")
+    return {**state, "sha256": hashlib.sha256(content).hexdigest()}  # of what was read: the file may be replaced
 
 
 def load_agent(state: dict, path: Path) -> Agent:
@@ -398,25 +404,28 @@ def open_dataset(folder: Path, made_with: dict) -> tuple:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
     except filelock.Timeout:
-        fail(f"{folder} is in use by another process; wait for it to end or choose another --dataset-saving-dir")
+        fail(f"{folder} is in use by another process; wait for it to end or choose another folder")
     except OSError as error:
-        fail(f"{folder} cannot be written: {error.strerror}; choose another --dataset-saving-dir")
-    for leftover in folder.glob(".*.tmp"):  # of a write that was killed
-        leftover.unlink()
+        fail(f"{folder} cannot be written: {error.strerror}; choose another folder")
     metadata = {"continuations": -1, "interruptions": 0, "complete": False}
     if (folder / "metadata.json").exists():
         try:
             metadata = {**metadata, **json.loads((folder / "metadata.json").read_text())}
         except (ValueError, TypeError):
-            fail(f"{folder / 'metadata.json'} is damaged; choose another --dataset-saving-dir")
-        names = ("env_id", "distribution_mode", "num_levels", "start_level", "checkpoint_sha256")
-        for name in names:
-            if metadata.get(name) != made_with[name]:
-                found = f"{name} {metadata.get(name)}, not {made_with[name]}"
-                fail(f"{folder} holds a dataset with {found}; choose another --dataset-saving-dir", 2)
+            fail(f"{folder / 'metadata.json'} is damaged; choose another folder")
+        # The two builds of Procgen draw differently: one dataset, one build.
+        procgen = {"procgen": metadata.get("versions", {}).get("procgen")}
+        here = {**made_with, "procgen": made_with["versions"]["procgen"]}
+        for name in ("env_id", "distribution_mode", "num_levels", "start_level", "checkpoint_sha256", "procgen"):
+            there = {**metadata, **procgen}.get(name)
+            if there != here[name]:
+                fail(f"{folder} holds a dataset whose {name} is {there}, not {here[name]}; choose another folder", 2)
     elif list(folder.glob("*.npz")):
-        fail(f"{folder} holds episodes without a metadata.json; choose another --dataset-saving-dir", 2)
-    return {**metadata, **made_with}, lock
+        fail(f"{folder} holds episodes without a metadata.json; choose another folder", 2)
+    for pattern in (".*.npz.tmp", ".metadata.json.tmp", ".preview.png.tmp"):  # of a write that was killed
+        for leftover in folder.glob(pattern):
+            leftover.unlink()
+    return metadata, lock
 
 
 def write_metadata(folder: Path, metadata: dict) -> None:
@@ -440,7 +449,7 @@ def collect(args: Args, path: Path, state: dict, folder: Path | None, chosen: di
             **{name: getattr(args, name) for name in ("env_id", "distribution_mode", "num_levels", "start_level")},
             "args": asdict(args),
             "checkpoint": str(path),
-            "checkpoint_sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+            "checkpoint_sha256": state["sha256"],
             **{name: state[name] for name in ("xpid", "iteration", "global_step", "test_return")},
             **chosen,
             "versions": versions(),
@@ -452,10 +461,13 @@ def collect(args: Args, path: Path, state: dict, folder: Path | None, chosen: di
         else:
             left = num_episodes = num_episodes - len(present)
         if left <= 0:
-            write_metadata(folder, {**metadata, "complete": True})
-            contact_sheet(folder, args.preview)
+            if not metadata["complete"]:
+                contact_sheet(folder, args.preview)
+                write_metadata(folder, {**metadata, "complete": True})
             print(f"{folder} is complete with {len(present)} episodes; ask for more to extend it")
+            lock.release()
             return
+        metadata.update(made_with)
         continuation = metadata["continuations"] = metadata["continuations"] + 1
         next_index = present[-1][0] + 1 if present else 1
         # An interruption is counted before it can happen, and taken back at the end: so SIGKILL counts as well.
@@ -503,26 +515,28 @@ def collect(args: Args, path: Path, state: dict, folder: Path | None, chosen: di
         bar.close()
         if folder:
             write_metadata(folder, {**metadata, "complete": False, "interruptions": metadata["interruptions"] + 1})
-        print(f"stopped by {stop} after {len(returns)} episodes, all saved; the same command continues")
+        print(f"stopped by {stop} after {len(returns)} episodes" + ("; the same command continues" if folder else ""))
         sys.exit(EXIT_STOPPED)
-    except OSError as error:
-        bar.close()
-        fail(f"{folder} could not be written: {error.strerror}; it stays incomplete, and the same command continues it")
     finally:
+        bar.close()
         for half in halves:
             half.games.close()
-    bar.close()
     if folder:
-        write_metadata(folder, {**metadata, "complete": True})
         contact_sheet(folder, args.preview)
+        write_metadata(folder, {**metadata, "complete": True})
         lock.release()
     print_summary(args, np.array(returns), np.array(lengths), completed, level_seeds, time.time() - start_time)
 
 
 def finish(pending: deque, most: int) -> None:
-    """Wait until at most so many writes are under way; raises what went wrong in one."""
+    """Wait until at most so many writes are under way. Raises OSError if one went wrong."""
     while len(pending) > most:
-        pending.popleft().result()
+        try:
+            pending.popleft().result()
+        except OSError:
+            raise
+        except Exception as error:
+            raise OSError(f"{type(error).__name__} in a writer: {error}") from error
 
 
 def print_summary(args, returns, lengths, completed, level_seeds, seconds):
@@ -618,6 +632,12 @@ def fault_in(path: Path, metadata: dict, compare_frames: bool) -> str | None:
     obs, actions, rewards = episode["observations"], episode["actions"][:, 0], episode["rewards"][:, 0]
     if int(match[4]) != episode["level_seed"] or match[5] != decimals(rewards.sum(dtype=float)):
         return "the level seed or the return in the name is not that of the content"
+    first_level, num_levels = metadata["start_level"], metadata["num_levels"] or MAX_LEVEL - metadata["start_level"]
+    if not first_level <= episode["level_seed"] < first_level + num_levels:
+        if metadata["distribution_mode"] != "exploration":
+            return f"level {episode['level_seed']} is not one of the dataset's"
+    if stateful and (episode["initial_state"].dtype != np.uint8 or episode["initial_state"].ndim != 1):
+        return "initial_state is not a row of bytes"
     last = np.arange(length) == length - 1
     cut = length == time_limit(metadata["env_id"], metadata["distribution_mode"]) and not episode["level_complete"]
     if not np.array_equal(episode["dones"], last) or not np.array_equal(episode["truncations"], last & cut):
@@ -660,12 +680,22 @@ def verify(folder: Path) -> int:
     try:
         metadata = json.loads((folder / "metadata.json").read_text())
         rendered_by, here = metadata["versions"]["procgen"], versions()["procgen"]
-    except (OSError, ValueError, KeyError) as error:
+        _ = [
+            metadata[key]
+            for key in ("env_id", "distribution_mode", "episodes", "complete", "start_level", "num_levels")
+        ]
+    except (OSError, ValueError, KeyError, TypeError) as error:
         fail(f"{folder / 'metadata.json'} cannot be read ({type(error).__name__}); --verify takes a dataset's folder")
     compare_frames = rendered_by == here
     if not compare_frames:
         print(f"rendered by {rendered_by}, which draws some pixels unlike {here} here: all but the frames is compared")
     paths, failed = sorted(folder.glob("*.npz")), []
+    indices = [index for index, *_ in list_episodes(folder)]
+    for index in (
+        sorted({index for index in indices if indices.count(index) > 1}) if len(set(indices)) < len(indices) else []
+    ):
+        print(f"index {index} is that of more than one episode")
+        failed.append(folder / "metadata.json")
     if len(paths) != metadata["episodes"] and metadata["complete"]:
         print(f"metadata.json counts {metadata['episodes']} episodes, the folder holds {len(paths)}")
         failed.append(folder / "metadata.json")
@@ -678,7 +708,11 @@ def verify(folder: Path) -> int:
             futures = {pool.submit(fault_in, path, metadata, compare_frames): path for path in paths}
             for done, future in enumerate(as_completed(futures), 1):
                 stop_if_asked()
-                if fault := future.result():
+                try:
+                    fault = future.result()
+                except Exception as error:  # a state or a level that makes Procgen itself give up
+                    fault = f"the replay failed ({type(error).__name__}: {error})"
+                if fault:
                     failed.append(futures[future])
                     tqdm.write(f"{futures[future]}: {fault}")
                 bar.update()
@@ -693,10 +727,8 @@ def verify(folder: Path) -> int:
             bar.close()
     if not metadata["complete"]:
         print("the collection of this dataset has not ended: metadata.json says complete: false")
-    print(
-        f"{folder}: {len(paths)} episodes checked, {len(failed)} failed"
-        + (" " if failed else ", all replayed bit for bit")
-    )
+    proof = "all replayed bit for bit" if compare_frames else "all but the frames replayed"
+    print(f"{folder}: {len(paths)} episodes checked, {len(failed)} failed" + ("" if failed else f", {proof}"))
     return 1 if failed or not paths else 0
 
 
@@ -717,7 +749,11 @@ def main():
         folder = Path("datasets") / str(state["args"].get("env_id")) / str(state["xpid"]) / path.stem
         jobs = [(path, state, Path(args.dataset_saving_dir) if args.dataset_saving_dir else folder, {})]
     for path, state, folder, note in jobs:
-        collect(args, path, state, folder if args.save_dataset else None, note)
+        try:
+            collect(args, path, state, folder if args.save_dataset else None, note)
+        except (OSError, MemoryError) as error:
+            reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+            fail(f"{folder} could not be written: {reason}; it is incomplete, and the same command continues it")
 
 
 if __name__ == "__main__":
