@@ -461,8 +461,8 @@ def collect(args: Args, path: Path, state: dict, folder: Path | None, chosen: di
         else:
             left = num_episodes = num_episodes - len(present)
         if left <= 0:
+            contact_sheet(folder, args.preview)
             if not metadata["complete"]:
-                contact_sheet(folder, args.preview)
                 write_metadata(folder, {**metadata, "complete": True})
             print(f"{folder} is complete with {len(present)} episodes; ask for more to extend it")
             lock.release()
@@ -680,10 +680,9 @@ def verify(folder: Path) -> int:
     try:
         metadata = json.loads((folder / "metadata.json").read_text())
         rendered_by, here = metadata["versions"]["procgen"], versions()["procgen"]
-        _ = [
-            metadata[key]
-            for key in ("env_id", "distribution_mode", "episodes", "complete", "start_level", "num_levels")
-        ]
+        wanted = {"env_id", "distribution_mode", "start_level", "num_levels", "episodes", "complete"}
+        if missing := wanted - metadata.keys():
+            raise KeyError(missing)
     except (OSError, ValueError, KeyError, TypeError) as error:
         fail(f"{folder / 'metadata.json'} cannot be read ({type(error).__name__}); --verify takes a dataset's folder")
     compare_frames = rendered_by == here
@@ -691,11 +690,9 @@ def verify(folder: Path) -> int:
         print(f"rendered by {rendered_by}, which draws some pixels unlike {here} here: all but the frames is compared")
     paths, failed = sorted(folder.glob("*.npz")), []
     indices = [index for index, *_ in list_episodes(folder)]
-    for index in (
-        sorted({index for index in indices if indices.count(index) > 1}) if len(set(indices)) < len(indices) else []
-    ):
-        print(f"index {index} is that of more than one episode")
-        failed.append(folder / "metadata.json")
+    if len(set(indices)) < len(indices):
+        print("two episodes have the same index in their names")
+        failed.append(folder)
     if len(paths) != metadata["episodes"] and metadata["complete"]:
         print(f"metadata.json counts {metadata['episodes']} episodes, the folder holds {len(paths)}")
         failed.append(folder / "metadata.json")

@@ -255,6 +255,17 @@ def test_another_dataset_is_refused(change, dataset, starpilot, tmp_path):
     assert len(episodes(dataset)) == 12
 
 
+def test_a_dataset_drawn_by_another_build_is_not_continued(dataset, starpilot, tmp_path):
+    shutil.copytree(dataset, tmp_path / "d")
+    found = metadata(tmp_path / "d")
+    found["versions"]["procgen"] = "procgen-from-elsewhere 0.10.7"
+    (tmp_path / "d" / "metadata.json").write_text(json.dumps(found))
+    process = collect(tmp_path / "d", starpilot, "--num-episodes", "20")
+    assert process.returncode == 2
+    assert_one_line(process.stderr, "procgen-from-elsewhere")
+    assert metadata(tmp_path / "d") == found
+
+
 def test_two_collections_into_one_folder(starpilot, tmp_path):
     folder = tmp_path / "d"
     command = [*SCRIPT, "--checkpoint", str(starpilot), "--dataset-saving-dir", str(folder), "--no-cuda"]
@@ -407,6 +418,14 @@ def test_a_missing_episode_is_noticed(dataset, tmp_path):
     episodes(tmp_path / "d")[2][0].unlink()
     process = verify(tmp_path / "d")
     assert process.returncode == 1 and "11" in process.stdout
+
+
+def test_an_episode_that_is_there_twice_is_noticed(dataset, tmp_path):
+    shutil.copytree(dataset, tmp_path / "d")
+    path = episodes(tmp_path / "d")[2][0]
+    shutil.copy(path, path.with_name("19990101T000000" + path.name[15:]))
+    process = verify(tmp_path / "d")
+    assert process.returncode == 1 and "same index" in process.stdout
 
 
 def test_another_build_of_procgen_is_reported_as_such(dataset, tmp_path):
