@@ -748,6 +748,8 @@ def main():
     for path, state, folder, note in jobs:
         try:
             collect(args, path, state, folder if args.save_dataset else None, note)
+        except BrokenPipeError:
+            fail("whoever read the output has gone")
         except (OSError, MemoryError) as error:
             reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
             fail(f"{folder} could not be written: {reason}; it is incomplete, and the same command continues it")
