@@ -402,7 +402,7 @@ def open_dataset(folder: Path, made_with: dict) -> tuple:
     lock = filelock.FileLock(folder / ".lock")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=1)  # not at once: sweep.py may be asking whether the dataset is in use
     except filelock.Timeout:
         fail(f"{folder} is in use by another process; wait for it to end or choose another folder")
     except OSError as error:

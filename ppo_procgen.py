@@ -104,7 +104,7 @@ EXTRA_MODES = {
     "exploration": ("caveflyer", "climber", "coinrun", "heist", "jumper", "leaper", "maze", "ninja"),
 }
 MAX_LEVEL = 2**31 - 1  # level seeds are int32
-CPU_CHUNK = 512  # frames per backward pass on a CPU
+CPU_CHUNK = 256  # frames per backward pass on a CPU: as fast as 512, in 0.4 GB less
 
 
 def fail(message: str, code: int = 1) -> NoReturn:
@@ -479,7 +479,7 @@ def lock_run(run_dir: Path, log_dir: Path) -> filelock.BaseFileLock:
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         log_dir.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=1)  # not at once: sweep.py may be asking whether the run is in use
     except filelock.Timeout:
         fail(f"{run_dir} is in use by another process; wait for it to end or choose another --xpid")
     except OSError as error:

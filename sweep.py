@@ -1,0 +1,508 @@
+"""Expands a grid of arguments into commands, a command file or sbatch array files; shows how far a sweep has come.
+
+    python sweep.py --grid-config ppo --num-trials 5                          # print the commands
+    python sweep.py --grid-config ppo --num-trials 5 --action save            # write them to ppo.txt
+    python sweep.py --grid-config ppo --num-trials 5 --action slurm --submit  # run them on a Slurm cluster
+    python sweep.py --grid-config ppo --num-trials 5 --action status          # what is done, and with which returns
+
+A grid is a JSON file: {"script": "ppo_procgen.py", "grid": {"env_id": ["miner", "maze"], "learning_rate": [0.0005]}}.
+Exit codes: 0 done, 1 failed, 2 bad arguments or a bad grid, 3 (status) not everything is finished.
+"""
+
+import ast
+import csv
+import fcntl
+import itertools
+import json
+import math
+import os
+import re
+import shlex
+import shutil
+import statistics
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple, NoReturn
+from urllib.parse import quote
+
+import tyro
+
+Repeated = tyro.conf.UseAppendAction[tuple[str, ...]]  # --flag A --flag B
+
+
+@dataclass
+class Args:
+    grid_config: str  # the grid: NAME for grids/NAME.json, or the path of a JSON file
+    action: str = "print"  # print, save (a command file), slurm (sbatch array files) or status
+    num_trials: int = 1  # seeds of each configuration
+    start_index: int = 0  # added to the first seed
+    only_missing: bool = False  # leave out what is finished
+    python: str = "python"  # interpreter in the commands
+    output: str | None = None  # save: the command file; by default {name of the grid}.txt
+
+    job_name: str | None = None  # slurm: files go to slurm/generated/{job_name}/; by default the name of the grid
+    submit: bool = False  # slurm: call sbatch
+    runs_per_task: int = 1  # slurm: commands side by side in one array task
+    max_parallel: int | None = None  # slurm: array tasks at the same time
+    max_restarts: int = 100  # slurm: times that a task is requeued after a signal
+    max_array_size: int | None = None  # slurm: MaxArraySize of the cluster; by default scontrol is asked, else 1001
+    template: str = "slurm/array.sbatch.template"  # slurm: the file that is filled in
+    setup: Repeated = ()  # slurm: a line of bash to run first, such as "source .venv/bin/activate"
+    partition: str | None = None  # slurm: the option of sbatch, as are the next eight
+    account: str | None = None  # see sbatch
+    qos: str | None = None  # see sbatch
+    constraint: str | None = None  # see sbatch
+    time: str | None = None  # see sbatch
+    mem: str | None = None  # see sbatch
+    cpus_per_task: int | None = None  # see sbatch; shared by the commands of a task
+    gpus_per_task: str | None = None  # see sbatch; shared by the commands of a task
+    dependency: str | None = None  # see sbatch; afterok:ID waits for another sweep
+    sbatch_arg: Repeated = ()  # slurm: any other option of sbatch, such as mail-type=END
+
+
+SBATCH_OPTIONS = "partition account qos constraint time mem cpus_per_task gpus_per_task dependency".split()
+HERE = Path(__file__).parent
+# Return ranges of Cobbe et al. 2020, appendix C, for the normalised return (R - min) / (max - min).
+RANGES = {
+    "easy": {
+        "bigfish": (1, 40), "bossfight": (0.5, 13), "caveflyer": (3.5, 12), "chaser": (0.5, 13), "climber": (2, 12.6),
+        "coinrun": (5, 10), "dodgeball": (1.5, 19), "fruitbot": (-1.5, 32.4), "heist": (3.5, 10), "jumper": (3, 10),
+        "leaper": (3, 10), "maze": (5, 10), "miner": (1.5, 13), "ninja": (3.5, 10), "plunder": (4.5, 30),
+        "starpilot": (2.5, 64),
+    },
+    "hard": {
+        "bigfish": (0, 40), "bossfight": (0.5, 13), "caveflyer": (2, 13.4), "chaser": (0.5, 14.2), "climber": (1, 12.6),
+        "coinrun": (5, 10), "dodgeball": (1.5, 19), "fruitbot": (-0.5, 27.2), "heist": (2, 10), "jumper": (1, 10),
+        "leaper": (1.5, 10), "maze": (4, 10), "miner": (1.5, 20), "ninja": (2, 10), "plunder": (3, 30),
+        "starpilot": (1.5, 35),
+    },
+}  # fmt: skip
+
+
+class Run(NamedTuple):
+    command: str
+    configuration: str  # the swept arguments but for the seed, as status shows them
+    settings: dict  # every argument of the script, with its default if the grid does not name it
+
+
+class Progress(NamedTuple):
+    state: str  # one of STATES
+    fraction: float = 0.0
+    train_return: float = math.nan
+    test_return: float = math.nan
+    return_range: tuple = (0, math.nan)
+
+
+STATES = ("done", "running", "stopped", "not started")
+
+
+def fail(message: str, code: int = 1) -> NoReturn:
+    """End the process with one line on stderr; code 2 is for arguments and grids, 1 for the rest."""
+    print(f"sweep.py: error: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+def check_args(args: Args) -> None:
+    """Exit with code 2 and one line that names the flag, its value and what would be right."""
+
+    def require(condition, name, wanted):
+        if not condition:
+            fail(f"--{name.replace('_', '-')} is {getattr(args, name)!r}; it must be {wanted}", 2)
+
+    require(args.action in ("print", "save", "slurm", "status"), "action", "print, save, slurm or status")
+    for name, least in dict(num_trials=1, start_index=0, runs_per_task=1, max_parallel=1, max_restarts=0).items():
+        require(getattr(args, name) is None or getattr(args, name) >= least, name, f"at least {least}")
+    require(args.max_array_size is None or args.max_array_size >= 2, "max_array_size", "at least 2")
+    require(re.fullmatch(r"[\w.+-]+", args.job_name) and args.job_name.strip("."), "job_name", "a plain folder name")
+    for name in (*SBATCH_OPTIONS, "sbatch_arg"):
+        require(
+            "\n" not in str(getattr(args, name)) and '"' not in str(getattr(args, name)),
+            name,
+            'free of " and line ends',
+        )
+
+
+def find(path: str) -> Path:
+    """A file of the current folder or else of the one that this script is in."""
+    return Path(path) if Path(path).exists() else HERE / path
+
+
+def read_script_args(script: Path) -> dict:
+    """Names of a script's arguments with their annotations and defaults, from its class Args, which is not run."""
+    try:
+        tree = ast.parse(script.read_text())
+    except (OSError, ValueError, SyntaxError) as error:
+        fail(f"the grid's script {script} cannot be read: {error}", 2)
+    classes = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Args"]
+    if not classes:
+        fail(f"the grid's script {script} has no class Args, whose fields are its arguments", 2)
+    arguments = {}
+    for node in classes[0].body:
+        if isinstance(node, ast.AnnAssign):
+            try:
+                default = ast.literal_eval(node.value)
+            except (ValueError, TypeError):  # no default, or one that is computed
+                default = None
+            arguments[node.target.id] = (ast.unparse(node.annotation), default)
+    return arguments
+
+
+class JsonFloat(float):
+    """A float that remembers how the file spells it."""
+
+    def __new__(cls, text):
+        number = super().__new__(cls, text)
+        number.text = text
+        return number
+
+
+def read_grid(path: Path) -> tuple:
+    """The script's path and the lists of a grid file. Exits with code 2 and one line that says what is wrong where."""
+
+    def as_dict(pairs):
+        for name, count in Counter(name for name, _ in pairs).items():
+            if count > 1:
+                fail(f"{path}: {name!r} stands there {count} times", 2)
+        return dict(pairs)
+
+    try:
+        grid = json.loads(path.read_text(), parse_float=JsonFloat, parse_constant=JsonFloat, object_pairs_hook=as_dict)
+    except (OSError, ValueError) as error:
+        fail(f"the grid {path} cannot be read: {error}; --grid-config is a name in grids/ or a path", 2)
+    if not isinstance(grid, dict) or grid.keys() != {"script", "grid"} or not isinstance(grid["grid"], dict):
+        fail(f'{path}: it must be {{"script": "ppo_procgen.py", "grid": {{"env_id": ["miner"], ...}}}}', 2)
+    script = find(str(grid["script"]))
+    arguments = read_script_args(script)
+    for name, values in grid["grid"].items():
+        if name not in arguments:
+            fail(f"{path}: {script} has no argument {name!r}; it has {', '.join(arguments)}", 2)
+        if not isinstance(values, list) or not values:
+            fail(
+                f"{path}: {name!r} must be a list of one or more values, such as [0, 1]; it is {json.dumps(values)}", 2
+            )
+        for value in values:
+            check_value(path, name, value, arguments[name][0])
+    return script, arguments, grid["grid"]
+
+
+def check_value(path: Path, name: str, value, annotation: str) -> None:
+    types = {"int": (int,), "float": (int, JsonFloat), "bool": (bool,), "str": (str,)}
+    wanted = types.get(
+        annotation.replace(" | None", ""), (int, JsonFloat, bool, str)
+    )  # others are the script's to check
+    if value is not None and type(value) not in wanted:
+        fail(f"{path}: {name!r} is {json.dumps(value)}; {annotation} is wanted", 2)
+    if isinstance(value, float) and not math.isfinite(value):
+        fail(f"{path}: {name!r} is {value.text}; a finite number is wanted", 2)
+    if isinstance(value, str) and ("\0" in value or value.endswith("\n")):
+        fail(f"{path}: {name!r} is {json.dumps(value)}; it must not hold \\0 nor end in a line end", 2)
+
+
+def flag(name: str, value, annotation: str) -> str:
+    """The words of a shell command that give an argument its value; none for None, which stands for the default."""
+    name = f"--{name.replace('_', '-')}"
+    if value is None:
+        return ""
+    if annotation == "bool":
+        return name if value else name.replace("--", "--no-", 1)
+    text = value.text if isinstance(value, JsonFloat) else str(value)
+    word = shlex.quote(text)
+    if "\n" in text:  # a command is one line of a file
+        word = '"$(printf %b ' + shlex.quote(text.replace("\\", "\\\\").replace("\n", "\\n")) + ')"'
+    return f"{name}={word}" if text.startswith("-") else f"{name} {word}"
+
+
+def xpid_pattern(script: Path, arguments: dict, grid: dict, swept: list) -> str:
+    """The script's default name of a run, then what else is swept, so that no two commands share a run folder."""
+    algorithm = script.stem.removesuffix("_procgen")
+    parts = {"env_id": "", "distribution_mode": "-", "num_levels": "-", "learning_rate": f"-{algorithm}-lr"}
+    parts |= {"update_epochs": "-epoch", "num_minibatches": "-mb", "vf_coef": "-v", "ent_coef": "-ha"}
+    if "xpid" in grid:
+        parts = {"xpid": ""}
+    parts |= {name: f"-{name}" for name in swept if name not in (*parts, "seed")}
+    return "".join(f"{part}{{{name}}}" for name, part in parts.items() if name in arguments) + "_{seed}"
+
+
+def expand(args: Args, path: Path) -> list:
+    """The runs of a grid: the product of its lists, the last one fastest, and of each the seeds."""
+    script, arguments, grid = read_grid(path)
+    if "resume" in arguments:
+        grid.setdefault("resume", [True])  # so that a command can be run again
+    seeds = grid.pop("seed", [arguments["seed"][1] if "seed" in arguments else None])
+    if None not in seeds:
+        seeds = [seed + args.start_index + trial for seed in seeds for trial in range(args.num_trials)]
+    elif seeds != [None] or args.num_trials > 1 or args.start_index:
+        fail(f'{path}: to count seeds up, a first one is needed, "seed": [0], and not null', 2)
+    grid["seed"] = seeds
+    swept = [name for name, values in grid.items() if len(values) > 1]
+
+    axes = []  # for each argument its flags and the values that the script will see
+    for name, values in grid.items():
+        annotation, default = arguments.get(name, ("int", None))
+        effective = [default if value is None else value for value in values]
+        if annotation.startswith("float"):
+            effective = [value if value is None else float(value) for value in effective]
+        for value, count in Counter(effective).items():
+            if count > 1:
+                fail(f"{path}: {name!r} is {value!r} in {count} configurations that are otherwise equal", 2)
+        flags = [flag(name, value, annotation) if name != "xpid" else "" for value in values]
+        axes.append(list(zip(flags, effective)))
+
+    start = f"{shlex.quote(args.python)} {shlex.quote(str(script))}"
+    label = " ".join(f"{name}={{{name}}}" for name in swept if name != "seed")
+    pattern = xpid_pattern(script, arguments, grid, swept) if "xpid" in arguments else None
+    defaults = {name: default for name, (_, default) in arguments.items()}
+    runs, folders = [], set()
+    for combination in itertools.product(*axes):
+        flags, values = zip(*combination)
+        words = [start, *filter(None, flags)]
+        settings = defaults | dict(zip(grid, values))
+        if pattern:
+            settings["xpid"] = quote(pattern.format_map(settings), safe="+")
+            words.append(f"--xpid {shlex.quote(settings['xpid'])}")
+            folders.add((settings.get("env_id"), settings["xpid"]))
+        runs.append(Run(" ".join(words), label.format_map(settings) or path.stem, settings))
+    if pattern and len(folders) < len(runs):
+        fail(f"{path}: two configurations would get the same xpid; sweep values that are easier to tell apart", 2)
+    return runs
+
+
+def is_locked(path: Path) -> bool:
+    """Whether a process works there. The scripts wait a second for their lock, so asking does not get in their way."""
+    try:
+        with open(path) as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # released as the file is closed
+    except BlockingIOError:
+        return True
+    except OSError:  # not there
+        pass
+    return False
+
+
+def training_progress(settings: dict) -> Progress:
+    """Of a run in {model_saving_dir}/{env_id}/{xpid}/, from its progress.csv."""
+    folder = Path(settings["model_saving_dir"], settings["env_id"], settings["xpid"])
+    rows = []
+    if (folder / "progress.csv").exists():
+        try:
+            with open(folder / "progress.csv", newline="") as file:
+                rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+        except (OSError, ValueError, TypeError) as error:
+            fail(f"{folder / 'progress.csv'} cannot be read: {error}")
+    batch_size = settings["num_envs"] * settings["num_steps"]
+    total_steps = settings["total_timesteps"] // batch_size * batch_size
+    steps = rows[-1]["global_step"] if rows else 0
+    if steps >= total_steps and any(folder.glob("final/model_*.pt")):
+        state = "done"
+    elif is_locked(folder / ".lock"):
+        state = "running"
+    else:
+        state = "stopped" if (folder / "rolling" / "model.pt").exists() else "not started"
+    tests = [row["charts/test_return"] for row in rows if not math.isnan(row["charts/test_return"])]
+    train_return = rows[-1]["charts/episodic_return"] if rows else math.nan
+    return_range = RANGES.get(settings["distribution_mode"], {}).get(settings["env_id"], (0, math.nan))
+    return Progress(state, min(1.0, steps / total_steps), train_return, tests[-1] if tests else math.nan, return_range)
+
+
+def dataset_progress(folder: Path, settings: dict) -> Progress:
+    """Of a dataset, from its metadata.json. Its mean return stands for the test return."""
+    metadata = {"complete": False, "steps": 0, "episodes": 0, "return_mean": None}
+    if (folder / "metadata.json").exists():
+        try:
+            metadata.update(json.loads((folder / "metadata.json").read_text()))
+        except (OSError, ValueError, TypeError) as error:
+            fail(f"{folder / 'metadata.json'} cannot be read: {error}")
+    unit = "total_timesteps" if settings["num_episodes"] is None else "num_episodes"
+    fraction = metadata["steps" if unit == "total_timesteps" else "episodes"] / settings[unit]
+    if metadata["complete"] and fraction >= 1:
+        state = "done"
+    elif is_locked(folder / ".lock"):
+        state = "running"
+    else:
+        state = "stopped" if (folder / "metadata.json").exists() else "not started"
+    mean = math.nan if metadata["return_mean"] is None else metadata["return_mean"]
+    return_range = RANGES.get(metadata.get("distribution_mode"), {}).get(metadata.get("env_id"), (0, math.nan))
+    return Progress(state, min(1.0, fraction), math.nan, mean, return_range)
+
+
+def progress_of(run: Run) -> Progress:
+    """How far a command has come. One that collects from every run of a game is done when all its datasets are."""
+    settings = run.settings
+    if "xpid" in settings:
+        return training_progress(settings)
+    if settings.get("ratio") is not None:
+        finals = Path(settings["ratio_checkpoint_dir"], settings["env_id"]).glob("*/final/model_*.pt")
+        folders = {final.parent.parent / settings["ratio_dataset_dir"] / str(settings["ratio"]) for final in finals}
+    elif settings.get("dataset_saving_dir") is not None:
+        folders = {Path(settings["dataset_saving_dir"])}
+    else:
+        fail("status and --only-missing need a script with an argument xpid, or a ratio or dataset_saving_dir", 2)
+    parts = [dataset_progress(folder, settings) for folder in folders] or [Progress("not started")]
+    states = {part.state for part in parts}
+    state = states.pop() if len(states) == 1 else "running" if "running" in states else "stopped"
+    returns = [part.test_return for part in parts if not math.isnan(part.test_return)]
+    fraction = statistics.fmean(part.fraction for part in parts)
+    mean = statistics.fmean(returns) if returns else math.nan
+    return Progress(state, fraction, math.nan, mean, parts[-1].return_range)
+
+
+def print_status(runs: list) -> None:
+    """Print a row per configuration and a summary. Exits with code 3 unless everything is done."""
+
+    def mean(values, spread=False):
+        values = [value for value in values if not math.isnan(value)]
+        if not values:
+            return "-"
+        deviation = f" +- {statistics.pstdev(values):.2f}" if spread else ""
+        return f"{statistics.fmean(values):.2f}{deviation}"
+
+    table = [
+        ["configuration", *STATES, "progress", "train return", "test return", "final train", "final test", "norm."]
+    ]
+    configurations = {}
+    for run in runs:
+        configurations.setdefault(run.configuration, []).append(progress_of(run))
+    for configuration, seeds in configurations.items():
+        finished = [seed for seed in seeds if seed.state == "done"]
+        low, high = seeds[0].return_range
+        normalised = [(seed.test_return - low) / (high - low) for seed in finished]
+        counts = [str(sum(seed.state == state for seed in seeds)) for state in STATES]
+        fraction = f"{100 * statistics.fmean(seed.fraction for seed in seeds):.1f} %"
+        latest = [mean(seed.train_return for seed in seeds), mean(seed.test_return for seed in seeds)]
+        final = [mean((getattr(seed, name) for seed in finished), True) for name in ("train_return", "test_return")]
+        table.append([configuration, *counts, fraction, *latest, *final, mean(normalised)])
+    widths = [max(map(len, column)) for column in zip(*table)]
+    for name, *cells in table:
+        print(name.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(cells, widths[1:])), sep="  ")
+    seeds = list(itertools.chain(*configurations.values()))
+    counts = ", ".join(f"{sum(seed.state == state for seed in seeds)} {state}" for state in STATES)
+    fraction = statistics.fmean(seed.fraction for seed in seeds)
+    print(f"{len(configurations)} configurations, {len(seeds)} runs: {counts}; {100 * fraction:.1f} % in all")
+    sys.exit(0 if all(seed.state == "done" for seed in seeds) else 3)
+
+
+def write_file(path: Path, content: str) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content)
+    except OSError as error:
+        fail(f"{path} could not be written: {error.strerror}")
+
+
+def ask_max_array_size() -> int:
+    """MaxArraySize of the cluster at hand; Slurm's default where there is none."""
+    with_default = "MaxArraySize = 1001"
+    try:
+        shown = subprocess.run(["scontrol", "show", "config"], capture_output=True, text=True, timeout=60).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        shown = ""
+    return int(re.search(r"MaxArraySize\s*=\s*(\d+)", shown + with_default)[1])
+
+
+def split_tasks(num_tasks: int, max_array_size: int, max_parallel: int | None) -> list:
+    """(tasks before it, tasks, tasks at a time) of each array. Indices count from 1, and are below max_array_size."""
+    sizes = [min(max_array_size - 1, num_tasks - done) for done in range(0, num_tasks, max_array_size - 1)]
+    if max_parallel is None:
+        shares = [None] * len(sizes)
+    else:
+        shares = [(max_parallel + i) // len(sizes) for i in range(len(sizes))]
+    return list(zip(itertools.accumulate(sizes, initial=0), sizes, shares))
+
+
+def write_sbatch(args: Args, runs: list) -> list:
+    """Write slurm/generated/{job_name}/: commands.txt, logs/ and the sbatch files, whose paths are returned."""
+    folder = Path("slurm", "generated", args.job_name)
+    commands = "".join(f"{run.command}\n" for run in runs)
+    if (folder / "commands.txt").exists() and (folder / "commands.txt").read_text() != commands:
+        fail(f"{folder} holds other commands, which jobs may still need; choose another --job-name or remove it", 2)
+    if args.max_array_size is None:
+        args.max_array_size = ask_max_array_size()
+    arrays = split_tasks(math.ceil(len(runs) / args.runs_per_task), args.max_array_size, args.max_parallel)
+    if args.max_parallel is not None and args.max_parallel < len(arrays):
+        fail(f"--max-parallel is {args.max_parallel}; it must be at least {len(arrays)}, one for each array file", 2)
+    try:
+        template = find(args.template).read_text()
+    except (OSError, ValueError) as error:
+        fail(f"--template {args.template} cannot be read: {error}", 2)
+
+    options = [(name.replace("_", "-"), getattr(args, name)) for name in SBATCH_OPTIONS]
+    options = [f'--{name}="{value}"' for name, value in options if value is not None]
+    for option in args.sbatch_arg:
+        name, equals, value = option.removeprefix("--").partition("=")
+        options.append(f'--{name}="{value}"' if equals else f"--{name}")
+    values = {
+        "job_name": args.job_name,
+        "folder": str(folder),
+        "working_dir": os.getcwd(),
+        "options": "\n".join(f"#SBATCH {option}" for option in options),
+        "setup": "\n".join(args.setup),
+        "runs_per_task": args.runs_per_task,
+        "max_restarts": args.max_restarts,
+    }
+    files = {}
+    for i, (offset, num_tasks, parallel) in enumerate(arrays, 1):
+        name = "array.sbatch" if len(arrays) == 1 else f"array_{i}.sbatch"
+        values.update(array=f"1-{num_tasks}" + (f"%{parallel}" if parallel else ""), offset=offset)
+        for placeholder in set(re.findall(r"{{(\w+)}}", template)) - values.keys():
+            fail(f"--template {args.template} asks for {{{{{placeholder}}}}}; there are {', '.join(values)}", 2)
+        files[folder / name] = re.sub(r"{{(\w+)}}", lambda match: str(values[match[1]]), template)
+    for leftover in set(folder.glob("array*.sbatch")) - files.keys():  # of a call that made more files
+        leftover.unlink()
+    write_file(folder / "commands.txt", commands)
+    (folder / "logs").mkdir(exist_ok=True)
+    for path, content in files.items():
+        write_file(path, content)
+    submit_all = "".join(f"sbatch {shlex.quote(str(path.absolute()))}\n" for path in files)
+    write_file(folder / "submit_all.sh", f"#!/bin/sh\n# Submits all of this sweep's arrays.\nset -e\n{submit_all}")
+    return list(files)
+
+
+def submit(paths: list) -> None:
+    for path in paths:
+        result = subprocess.run(["sbatch", "--parsable", str(path)], capture_output=True, text=True)
+        if result.returncode:
+            fail(f"sbatch {path} failed: {' '.join(result.stderr.split())}")
+        print(f"submitted {path} as job {result.stdout.strip().split(';')[0]}", flush=True)
+
+
+def main():
+    args = tyro.cli(Args, description=__doc__)
+    path = Path(args.grid_config)
+    if not path.suffix and not path.is_file():
+        path = find(f"grids/{args.grid_config}.json")
+    if args.job_name is None:
+        args.job_name = path.stem
+    check_args(args)
+    if args.submit and not shutil.which("sbatch"):
+        fail("--submit needs sbatch, which is not installed here; copy the folder to the cluster and call it there", 2)
+    runs = expand(args, path)
+    if args.action == "status":
+        print_status(runs)
+    if args.only_missing:
+        runs = [run for run in runs if progress_of(run).state != "done"]
+    if args.action == "print":
+        for run in runs:
+            print(run.command)
+    elif args.action == "save":
+        output = Path(args.output or f"{path.stem}.txt")
+        write_file(output, "".join(f"{run.command}\n" for run in runs))
+        print(f"{output}: {len(runs)} commands; xargs -d '\\n' -P 2 -I{{}} sh -c '{{}}' < {shlex.quote(str(output))}")
+    elif not runs:
+        print("all runs are done; there is nothing to submit")
+    else:
+        paths = write_sbatch(args, runs)
+        print(f"{paths[0].parent / 'commands.txt'}: {len(runs)} commands")
+        if args.submit:
+            submit(paths)
+        else:
+            print(f"sbatch {paths[0]}" if len(paths) == 1 else f"sh {paths[0].parent / 'submit_all.sh'}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except BrokenPipeError:  # the reader, such as head, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,0 +1,134 @@
+"""A Slurm cluster of one node on the loopback interface, its state in one folder, for the tests of sweep.py.
+
+It needs Debian's packages slurm-wlm and munge, and root, as slurmd starts the jobs. As a script it runs the cluster until
+it is stopped: python tests/slurm_cluster.py FOLDER prints the setting of SLURM_CONF that sbatch and squeue need.
+"""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "squeue")
+CONFIG = """
+ClusterName=test
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={ports[0]}
+SlurmdPort={ports[1]}
+CommunicationParameters=NoInAddrAny,NoCtldInAddrAny
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge.socket
+CredType=cred/munge
+SlurmUser=root
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+JobRequeue=1
+ReturnToService=2
+SchedulerParameters=sched_interval=1,batch_sched_delay=0
+MinJobAge=3600
+KillWait=20
+StateSaveLocation={folder}/ctld
+SlurmdSpoolDir={folder}/slurmd
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd.pid
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdLogFile={folder}/slurmd.log
+NodeName={host} NodeAddr=127.0.0.1 CPUs={cpus} State=UNKNOWN
+PartitionName=low Nodes={host} Default=YES PriorityTier=1 MaxTime=INFINITE State=UP
+PartitionName=high Nodes={host} PriorityTier=2 MaxTime=INFINITE State=UP
+"""
+
+
+def why_not() -> str | None:
+    """What keeps the cluster from running here, if anything does."""
+    missing = [program for program in PROGRAMS if not shutil.which(program, path=search_path())]
+    if missing:
+        return f"Slurm is not installed: no {', '.join(missing)}"
+    return "Slurm's daemons are started by root only" if os.getuid() else None
+
+
+def search_path() -> str:
+    return os.environ["PATH"] + ":/usr/sbin:/usr/local/sbin"
+
+
+class Cluster:
+    """Started in folder; stop() ends its daemons. Commands need self.environment."""
+
+    def __init__(self, folder: Path, cpus: int = os.cpu_count()):
+        folder.chmod(0o700)
+        self.folder, self.daemons = folder, []
+        self.environment = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf"), "PATH": search_path()}
+        with socket.socket() as a, socket.socket() as b:
+            a.bind(("127.0.0.1", 0))
+            b.bind(("127.0.0.1", 0))
+            ports = (a.getsockname()[1], b.getsockname()[1])
+        host = socket.gethostname().split(".")[0]
+        (folder / "slurm.conf").write_text(CONFIG.format(host=host, ports=ports, folder=folder, cpus=cpus))
+        (folder / "ctld").mkdir()
+        (folder / "slurmd").mkdir()
+        (folder / "munge.key").write_bytes(os.urandom(128))
+        (folder / "munge.key").chmod(0o600)
+        files = {name: folder / f"munge.{name}" for name in ("socket", "log", "pid", "seed")}
+        munge = ["munged", "--foreground", "--force", f"--socket={files['socket']}", f"--key-file={folder}/munge.key"]
+        munge += [f"--log-file={files['log']}", f"--pid-file={files['pid']}", f"--seed-file={files['seed']}"]
+        try:
+            self.start(munge)
+            self.wait(files["socket"].exists)
+            self.start(["slurmctld", "-D", "-i"])
+            self.start(["slurmd", "-D", "-N", host])
+            self.wait(lambda: "idle" in self.run("sinfo", "-h", "-o", "%T", check=False))
+        except BaseException:
+            self.stop()
+            raise
+
+    def start(self, command: list) -> None:
+        with open(self.folder / f"{command[0]}.out", "w") as log:
+            self.daemons.append(subprocess.Popen(command, stdout=log, stderr=log, env=self.environment))
+
+    def stop(self) -> None:
+        if len(self.daemons) == 3:
+            self.run("scancel", "--state=RUNNING", "--state=PENDING", check=False)
+        for daemon in reversed(self.daemons):
+            daemon.terminate()
+        for daemon in self.daemons:
+            try:
+                daemon.wait(10)
+            except subprocess.TimeoutExpired:
+                daemon.kill()
+
+    def run(self, *command, check=True) -> str:
+        """A command's output."""
+        result = subprocess.run(command, capture_output=True, text=True, env=self.environment)
+        assert not check or result.returncode == 0, result.stderr
+        return result.stdout
+
+    def wait(self, condition, seconds=60):
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < deadline, (self.folder / "slurmctld.out").read_text()[-2000:]
+            time.sleep(0.1)
+
+    def jobs(self) -> dict:
+        """State, exit code and restarts of every task, such as {"1_2": {"JobState": "COMPLETED", ...}}."""
+        tasks = {}
+        for line in self.run("scontrol", "show", "job", "--oneliner").splitlines():
+            job = dict(word.split("=", 1) for word in line.split() if "=" in word)
+            if "ArrayTaskId" in job:
+                tasks[f"{job['ArrayJobId']}_{job['ArrayTaskId']}"] = job
+        return tasks
+
+
+if __name__ == "__main__":
+    cluster = Cluster(Path(sys.argv[1]))
+    print(f"export SLURM_CONF={cluster.folder / 'slurm.conf'}", flush=True)
+    try:
+        time.sleep(1e9)
+    except KeyboardInterrupt:
+        cluster.stop()
