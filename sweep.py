@@ -19,6 +19,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -93,7 +94,7 @@ class Progress(NamedTuple):
     fraction: float = 0.0
     train_return: float = math.nan
     test_return: float = math.nan
-    return_range: tuple = (0, math.nan)
+    game: tuple = (None, None)  # mode and name
 
 
 STATES = ("done", "running", "stopped", "not started")
@@ -116,13 +117,20 @@ def check_args(args: Args) -> None:
     for name, least in dict(num_trials=1, start_index=0, runs_per_task=1, max_parallel=1, max_restarts=0).items():
         require(getattr(args, name) is None or getattr(args, name) >= least, name, f"at least {least}")
     require(args.max_array_size is None or args.max_array_size >= 2, "max_array_size", "at least 2")
-    require(re.fullmatch(r"[\w.+-]+", args.job_name) and args.job_name.strip("."), "job_name", "a plain folder name")
+    if args.action == "slurm":
+        require(re.fullmatch(r"\w[\w.+-]*", args.job_name), "job_name", "letters, digits and .+-_")
     for name in (*SBATCH_OPTIONS, "sbatch_arg"):
-        require(
-            "\n" not in str(getattr(args, name)) and '"' not in str(getattr(args, name)),
-            name,
-            'free of " and line ends',
-        )
+        words = "".join(args.sbatch_arg) if name == "sbatch_arg" else str(getattr(args, name))
+        require(not re.search('["\n]', words), name, 'free of " and line ends')
+    if args.submit and not shutil.which("sbatch"):
+        fail("--submit needs sbatch, which is not installed here; leave it out, and submit where it is", 2)
+
+
+def read_file(path: Path, what: str) -> str:
+    try:
+        return path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        fail(f"{what} {path} cannot be read: {getattr(error, 'strerror', 'it is no text')}", 2)
 
 
 def find(path: str) -> Path:
@@ -133,9 +141,9 @@ def find(path: str) -> Path:
 def read_script_args(script: Path) -> dict:
     """Names of a script's arguments with their annotations and defaults, from its class Args, which is not run."""
     try:
-        tree = ast.parse(script.read_text())
-    except (OSError, ValueError, SyntaxError) as error:
-        fail(f"the grid's script {script} cannot be read: {error}", 2)
+        tree = ast.parse(read_file(script, "the grid's script"))
+    except (ValueError, SyntaxError) as error:
+        fail(f"the grid's script {script} is no Python: {error}", 2)
     classes = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Args"]
     if not classes:
         fail(f"the grid's script {script} has no class Args, whose fields are its arguments", 2)
@@ -168,10 +176,11 @@ def read_grid(path: Path) -> tuple:
                 fail(f"{path}: {name!r} stands there {count} times", 2)
         return dict(pairs)
 
+    text = read_file(path, "--grid-config is a name in grids/ or the path of a JSON file;")
     try:
-        grid = json.loads(path.read_text(), parse_float=JsonFloat, parse_constant=JsonFloat, object_pairs_hook=as_dict)
-    except (OSError, ValueError) as error:
-        fail(f"the grid {path} cannot be read: {error}; --grid-config is a name in grids/ or a path", 2)
+        grid = json.loads(text, parse_float=JsonFloat, parse_constant=JsonFloat, object_pairs_hook=as_dict)
+    except ValueError as error:
+        fail(f"{path} is no JSON: {error}", 2)
     if not isinstance(grid, dict) or grid.keys() != {"script", "grid"} or not isinstance(grid["grid"], dict):
         fail(f'{path}: it must be {{"script": "ppo_procgen.py", "grid": {{"env_id": ["miner"], ...}}}}', 2)
     script = find(str(grid["script"]))
@@ -180,9 +189,7 @@ def read_grid(path: Path) -> tuple:
         if name not in arguments:
             fail(f"{path}: {script} has no argument {name!r}; it has {', '.join(arguments)}", 2)
         if not isinstance(values, list) or not values:
-            fail(
-                f"{path}: {name!r} must be a list of one or more values, such as [0, 1]; it is {json.dumps(values)}", 2
-            )
+            fail(f"{path}: {name!r} is {json.dumps(values)}; it must be a list of one or more values", 2)
         for value in values:
             check_value(path, name, value, arguments[name][0])
     return script, arguments, grid["grid"]
@@ -190,10 +197,8 @@ def read_grid(path: Path) -> tuple:
 
 def check_value(path: Path, name: str, value, annotation: str) -> None:
     types = {"int": (int,), "float": (int, JsonFloat), "bool": (bool,), "str": (str,)}
-    wanted = types.get(
-        annotation.replace(" | None", ""), (int, JsonFloat, bool, str)
-    )  # others are the script's to check
-    if value is not None and type(value) not in wanted:
+    scalars = (int, JsonFloat, bool, str)  # of other annotations the script itself is the judge
+    if value is not None and type(value) not in types.get(annotation.replace(" | None", ""), scalars):
         fail(f"{path}: {name!r} is {json.dumps(value)}; {annotation} is wanted", 2)
     if isinstance(value, float) and not math.isfinite(value):
         fail(f"{path}: {name!r} is {value.text}; a finite number is wanted", 2)
@@ -282,71 +287,64 @@ def is_locked(path: Path) -> bool:
     return False
 
 
+def state_of(folder: Path, done: bool, started: bool) -> str:
+    return "done" if done else "running" if is_locked(folder / ".lock") else "stopped" if started else "not started"
+
+
 def training_progress(settings: dict) -> Progress:
     """Of a run in {model_saving_dir}/{env_id}/{xpid}/, from its progress.csv."""
     folder = Path(settings["model_saving_dir"], settings["env_id"], settings["xpid"])
     rows = []
     if (folder / "progress.csv").exists():
-        try:
-            with open(folder / "progress.csv", newline="") as file:
-                rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
-        except (OSError, ValueError, TypeError) as error:
-            fail(f"{folder / 'progress.csv'} cannot be read: {error}")
+        rows = list(csv.DictReader(read_file(folder / "progress.csv", "the table").splitlines()))
+    try:
+        steps = int(rows[-1]["global_step"]) if rows else 0
+        train_return = float(rows[-1]["charts/episodic_return"]) if rows else math.nan
+        tests = [row["charts/test_return"] for row in rows if row["charts/test_return"] != "nan"]
+        test_return = float(tests[-1]) if tests else math.nan
+    except (KeyError, ValueError, TypeError) as error:
+        fail(f"{folder / 'progress.csv'} is damaged ({type(error).__name__}: {error})")
     batch_size = settings["num_envs"] * settings["num_steps"]
     total_steps = settings["total_timesteps"] // batch_size * batch_size
-    steps = rows[-1]["global_step"] if rows else 0
-    if steps >= total_steps and any(folder.glob("final/model_*.pt")):
-        state = "done"
-    elif is_locked(folder / ".lock"):
-        state = "running"
-    else:
-        state = "stopped" if (folder / "rolling" / "model.pt").exists() else "not started"
-    tests = [row["charts/test_return"] for row in rows if not math.isnan(row["charts/test_return"])]
-    train_return = rows[-1]["charts/episodic_return"] if rows else math.nan
-    return_range = RANGES.get(settings["distribution_mode"], {}).get(settings["env_id"], (0, math.nan))
-    return Progress(state, min(1.0, steps / total_steps), train_return, tests[-1] if tests else math.nan, return_range)
+    done = steps >= total_steps and any(folder.glob("final/model_*.pt"))
+    state = state_of(folder, done, (folder / "rolling" / "model.pt").exists())
+    game = (settings["distribution_mode"], settings["env_id"])
+    return Progress(state, min(1.0, steps / max(total_steps, 1)), train_return, test_return, game)
 
 
 def dataset_progress(folder: Path, settings: dict) -> Progress:
     """Of a dataset, from its metadata.json. Its mean return stands for the test return."""
-    metadata = {"complete": False, "steps": 0, "episodes": 0, "return_mean": None}
-    if (folder / "metadata.json").exists():
-        try:
-            metadata.update(json.loads((folder / "metadata.json").read_text()))
-        except (OSError, ValueError, TypeError) as error:
-            fail(f"{folder / 'metadata.json'} cannot be read: {error}")
-    unit = "total_timesteps" if settings["num_episodes"] is None else "num_episodes"
-    fraction = metadata["steps" if unit == "total_timesteps" else "episodes"] / settings[unit]
-    if metadata["complete"] and fraction >= 1:
-        state = "done"
-    elif is_locked(folder / ".lock"):
-        state = "running"
-    else:
-        state = "stopped" if (folder / "metadata.json").exists() else "not started"
-    mean = math.nan if metadata["return_mean"] is None else metadata["return_mean"]
-    return_range = RANGES.get(metadata.get("distribution_mode"), {}).get(metadata.get("env_id"), (0, math.nan))
-    return Progress(state, min(1.0, fraction), math.nan, mean, return_range)
+    started = (folder / "metadata.json").exists()
+    wanted = ("steps", "total_timesteps") if settings["num_episodes"] is None else ("episodes", "num_episodes")
+    try:
+        metadata = json.loads(read_file(folder / "metadata.json", "the dataset's")) if started else {}
+        fraction = metadata.get(wanted[0], 0) / settings[wanted[1]]
+        mean = float(math.nan if metadata.get("return_mean") is None else metadata["return_mean"])
+        state = state_of(folder, bool(metadata.get("complete")) and fraction >= 1, started)
+    except (AttributeError, ValueError, TypeError) as error:
+        fail(f"{folder / 'metadata.json'} is damaged ({type(error).__name__}: {error})")
+    game = (metadata.get("distribution_mode"), metadata.get("env_id"))
+    return Progress(state, min(1.0, fraction), math.nan, mean, game)
 
 
 def progress_of(run: Run) -> Progress:
     """How far a command has come. One that collects from every run of a game is done when all its datasets are."""
     settings = run.settings
-    if "xpid" in settings:
-        return training_progress(settings)
-    if settings.get("ratio") is not None:
-        finals = Path(settings["ratio_checkpoint_dir"], settings["env_id"]).glob("*/final/model_*.pt")
-        folders = {final.parent.parent / settings["ratio_dataset_dir"] / str(settings["ratio"]) for final in finals}
-    elif settings.get("dataset_saving_dir") is not None:
-        folders = {Path(settings["dataset_saving_dir"])}
-    else:
-        fail("status and --only-missing need a script with an argument xpid, or a ratio or dataset_saving_dir", 2)
-    parts = [dataset_progress(folder, settings) for folder in folders] or [Progress("not started")]
+    try:
+        if "xpid" in settings:
+            return training_progress(settings)
+        folders = {settings["dataset_saving_dir"]}
+        if settings["ratio"] is not None:
+            finals = Path(settings["ratio_checkpoint_dir"], settings["env_id"]).glob("*/final/model_*.pt")
+            folders = {path.parents[1] / settings["ratio_dataset_dir"] / str(settings["ratio"]) for path in finals}
+        parts = [dataset_progress(Path(folder), settings) for folder in folders] or [Progress("not started")]
+    except (KeyError, TypeError):
+        fail("the status is known of scripts that train with an xpid and collect with ratio or dataset_saving_dir", 2)
     states = {part.state for part in parts}
     state = states.pop() if len(states) == 1 else "running" if "running" in states else "stopped"
     returns = [part.test_return for part in parts if not math.isnan(part.test_return)]
-    fraction = statistics.fmean(part.fraction for part in parts)
     mean = statistics.fmean(returns) if returns else math.nan
-    return Progress(state, fraction, math.nan, mean, parts[-1].return_range)
+    return Progress(state, statistics.fmean(part.fraction for part in parts), math.nan, mean, parts[0].game)
 
 
 def print_status(runs: list) -> None:
@@ -359,15 +357,15 @@ def print_status(runs: list) -> None:
         deviation = f" +- {statistics.pstdev(values):.2f}" if spread else ""
         return f"{statistics.fmean(values):.2f}{deviation}"
 
-    table = [
-        ["configuration", *STATES, "progress", "train return", "test return", "final train", "final test", "norm."]
-    ]
+    columns = ("progress", "train return", "test return", "final train", "final test", "normalised")
+    table = [["configuration", *STATES, *columns]]
     configurations = {}
     for run in runs:
         configurations.setdefault(run.configuration, []).append(progress_of(run))
     for configuration, seeds in configurations.items():
         finished = [seed for seed in seeds if seed.state == "done"]
-        low, high = seeds[0].return_range
+        mode, env_id = seeds[0].game
+        low, high = RANGES.get(mode, {}).get(env_id, (0, math.nan))
         normalised = [(seed.test_return - low) / (high - low) for seed in finished]
         counts = [str(sum(seed.state == state for seed in seeds)) for state in STATES]
         fraction = f"{100 * statistics.fmean(seed.fraction for seed in seeds):.1f} %"
@@ -416,18 +414,13 @@ def write_sbatch(args: Args, runs: list) -> list:
     """Write slurm/generated/{job_name}/: commands.txt, logs/ and the sbatch files, whose paths are returned."""
     folder = Path("slurm", "generated", args.job_name)
     commands = "".join(f"{run.command}\n" for run in runs)
-    if (folder / "commands.txt").exists() and (folder / "commands.txt").read_text() != commands:
+    if (folder / "commands.txt").exists() and read_file(folder / "commands.txt", "the commands in") != commands:
         fail(f"{folder} holds other commands, which jobs may still need; choose another --job-name or remove it", 2)
-    if args.max_array_size is None:
-        args.max_array_size = ask_max_array_size()
-    arrays = split_tasks(math.ceil(len(runs) / args.runs_per_task), args.max_array_size, args.max_parallel)
+    max_array_size = args.max_array_size or ask_max_array_size()
+    arrays = split_tasks(math.ceil(len(runs) / args.runs_per_task), max_array_size, args.max_parallel)
     if args.max_parallel is not None and args.max_parallel < len(arrays):
         fail(f"--max-parallel is {args.max_parallel}; it must be at least {len(arrays)}, one for each array file", 2)
-    try:
-        template = find(args.template).read_text()
-    except (OSError, ValueError) as error:
-        fail(f"--template {args.template} cannot be read: {error}", 2)
-
+    template = read_file(find(args.template), "--template")
     options = [(name.replace("_", "-"), getattr(args, name)) for name in SBATCH_OPTIONS]
     options = [f'--{name}="{value}"' for name, value in options if value is not None]
     for option in args.sbatch_arg:
@@ -469,6 +462,7 @@ def submit(paths: list) -> None:
 
 
 def main():
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C without a traceback
     args = tyro.cli(Args, description=__doc__)
     path = Path(args.grid_config)
     if not path.suffix and not path.is_file():
@@ -476,8 +470,6 @@ def main():
     if args.job_name is None:
         args.job_name = path.stem
     check_args(args)
-    if args.submit and not shutil.which("sbatch"):
-        fail("--submit needs sbatch, which is not installed here; copy the folder to the cluster and call it there", 2)
     runs = expand(args, path)
     if args.action == "status":
         print_status(runs)

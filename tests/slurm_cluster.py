@@ -1,7 +1,7 @@
 """A Slurm cluster of one node on the loopback interface, its state in one folder, for the tests of sweep.py.
 
-It needs Debian's packages slurm-wlm and munge, and root, as slurmd starts the jobs. As a script it runs the cluster until
-it is stopped: python tests/slurm_cluster.py FOLDER prints the setting of SLURM_CONF that sbatch and squeue need.
+It needs Debian's packages slurm-wlm and munge, and root, as slurmd starts the jobs. As a script it runs the cluster
+until it is stopped: python tests/slurm_cluster.py FOLDER prints the setting of SLURM_CONF that sbatch and squeue need.
 """
 
 import os
@@ -90,6 +90,7 @@ class Cluster:
 
     def start(self, command: list) -> None:
         with open(self.folder / f"{command[0]}.out", "w") as log:
+            command = ["setpriv", "--pdeathsig", "TERM", *command]  # they end with this process, however it ends
             self.daemons.append(subprocess.Popen(command, stdout=log, stderr=log, env=self.environment))
 
     def stop(self) -> None:

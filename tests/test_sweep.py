@@ -1,0 +1,710 @@
+"""The specification of sweep.py. What Slurm does is tried on a real Slurm, which slurm_cluster.py starts."""
+
+import csv
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import filelock
+import pytest
+import slurm_cluster
+import torch
+import tyro
+from conftest import assert_one_line, run_main, wait_for
+
+import collect_procgen
+import ppo_procgen
+import sweep
+
+PROJECT = Path(sweep.__file__).parent
+TINY = {"num_envs": [4], "num_steps": [16], "num_minibatches": [2], "update_epochs": [1], "num_eval_episodes": [2]}
+# A script that is no training: it notes what it was given. It would fail if it were imported.
+NOTE_ARGUMENTS = """
+import json, sys
+from typing import Literal
+assert __name__ == "__main__"
+
+class Args:
+    text: str = "a"
+    number: float = 0.5
+    count: int | None = None
+    flag: bool = True
+    choice: Literal["x", "y"] = "x"
+    seed: int = 0
+
+with open("noted.txt", "a") as file:
+    print(json.dumps(sys.argv[1:]), file=file)
+"""
+
+
+def write_grid(folder, grid, script="ppo_procgen.py", name="my_grid"):
+    path = folder / f"{name}.json"
+    path.write_text(grid if isinstance(grid, str) else json.dumps({"script": str(script), "grid": grid}))
+    return str(path)
+
+
+def write_script(folder, text=NOTE_ARGUMENTS, name="note.py"):
+    (folder / name).write_text(text)
+    return folder / name
+
+
+def run_sweep(folder, *arguments):
+    return run_main(sweep, ["--grid-config", *map(str, arguments)], folder)
+
+
+def commands(folder, *arguments):
+    result = run_sweep(folder, *arguments)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.splitlines()
+
+
+def xpids(lines):
+    return [shlex.split(line)[shlex.split(line).index("--xpid") + 1] for line in lines]
+
+
+# EXPANSION
+
+
+def test_every_combination_times_every_seed_the_last_list_fastest(tmp_path):
+    grid = write_grid(tmp_path, {"env_id": ["miner", "maze"], "learning_rate": [0.0005, 0.001]})
+    lines = commands(tmp_path, grid, "--num-trials", 2)
+    assert [line.split(" --resume")[0] for line in lines[::2]] == [
+        "python ppo_procgen.py --env-id miner --learning-rate 0.0005".replace("ppo_", f"{PROJECT}/ppo_"),
+        f"python {PROJECT}/ppo_procgen.py --env-id miner --learning-rate 0.001",
+        f"python {PROJECT}/ppo_procgen.py --env-id maze --learning-rate 0.0005",
+        f"python {PROJECT}/ppo_procgen.py --env-id maze --learning-rate 0.001",
+    ]
+    assert [line.split("--seed ")[1][0] for line in lines] == list("01010101")
+    assert lines[1].endswith("--resume --seed 1 --xpid miner-easy-200-ppo-lr0.0005-epoch3-mb8-v0.5-ha0.01_1")
+
+
+@pytest.mark.parametrize(
+    "seeds, options, expected",
+    [
+        (None, [], [0]),
+        ([7], ["--num-trials", 3], [7, 8, 9]),
+        ([7], ["--num-trials", 2, "--start-index", 5], [12, 13]),
+        ([0, 100], ["--num-trials", 2], [0, 1, 100, 101]),
+    ],
+)
+def test_seeds_count_up_from_the_grids_seed_and_the_start_index(tmp_path, seeds, options, expected):
+    lines = commands(tmp_path, write_grid(tmp_path, {"seed": seeds} if seeds else {}), *options)
+    assert [int(line.split("--seed ")[1].split()[0]) for line in lines] == expected
+
+
+def test_numbers_keep_the_text_of_the_file(tmp_path):
+    texts = ["0.0005", "25000000", "0.00001", "1e-4", "-0.50", "100000000000000000000", "1.0"]
+    grid = write_grid(tmp_path, f'{{"script": "{write_script(tmp_path)}", "grid": {{"number": [{", ".join(texts)}]}}}}')
+    words = [line.split("--number")[1][1:].split()[0] for line in commands(tmp_path, grid)]
+    assert words == texts
+
+
+def test_booleans_become_flags_and_null_leaves_an_argument_out(tmp_path):
+    grid = write_grid(tmp_path, {"anneal_lr": [True], "norm_adv": [False], "target_kl": [None, 0.01]})
+    without, given = commands(tmp_path, grid)
+    for line in (without, given):
+        assert "--anneal-lr --no-norm-adv" in line
+    assert "--target-kl" not in without and "--target-kl 0.01" in given
+
+
+HOSTILE = [
+    "two words",
+    "it's",
+    '"',
+    "$(touch bad)",
+    "`touch bad`",
+    "a;b|c&d>e*?",
+    "-5",
+    "--x",
+    "~",
+    "#",
+    "",
+    "\\n",
+    "é",
+]
+HOSTILE += ["line\nbreak and \\ $HOME", "\nfirst", "{}", "%b", "!!", "a\tb"]
+
+
+@pytest.mark.parametrize("shell", ["sh", "bash"])
+def test_hostile_values_arrive_as_they_are(tmp_path, shell):
+    grid = write_grid(tmp_path, {"text": HOSTILE}, write_script(tmp_path))
+    saved = run_sweep(tmp_path, grid, "--action", "save", "--python", sys.executable)
+    assert saved.returncode == 0 and len((tmp_path / "my_grid.txt").read_text().splitlines()) == len(HOSTILE)
+    xargs = ["xargs", "-d", "\n", "-I{}", shell, "-c", "{}"]
+    subprocess.run(xargs, stdin=open(tmp_path / "my_grid.txt"), cwd=tmp_path, check=True)
+    noted = [json.loads(line) for line in (tmp_path / "noted.txt").read_text().splitlines()]
+    given = [words[0].partition("=")[2] if words[0] != "--text" else words[1] for words in noted]
+    assert given == HOSTILE and not (tmp_path / "bad").exists()
+
+
+def test_values_are_those_that_the_real_parser_reads(tmp_path):
+    grid = {"env_id": ["maze"], "learning_rate": [1e-05], "anneal_lr": [True], "cuda": [False], "target_kl": [0.01]}
+    (line,) = commands(tmp_path, write_grid(tmp_path, {**grid, "model_saving_dir": ["a b/$HOME"]}))
+    args = tyro.cli(ppo_procgen.Args, args=shlex.split(line)[2:])
+    assert (args.env_id, args.learning_rate, args.anneal_lr, args.cuda) == ("maze", 1e-05, True, False)
+    assert args.model_saving_dir == "a b/$HOME" and args.resume
+    assert args.xpid == "maze-easy-200-ppo-lr1e-05-epoch3-mb8-v0.5-ha0.01_0"  # as the script itself formats it
+
+
+def test_what_the_default_name_leaves_out_is_appended_to_the_xpid(tmp_path):
+    grid = {"gamma": [0.99, 0.999], "norm_adv": [True, False], "learning_rate": [0.001, 0.002], "num_envs": [8]}
+    names = xpids(commands(tmp_path, write_grid(tmp_path, grid), "--num-trials", 2))
+    assert names[0] == "coinrun-easy-200-ppo-lr0.001-epoch3-mb8-v0.5-ha0.01-gamma0.99-norm_advTrue_0"
+    assert len(set(names)) == 16
+    assert xpids(commands(tmp_path, write_grid(tmp_path, {"gamma": [0.99]})))[0].endswith("-ha0.01_0")
+
+
+def test_hostile_values_give_xpids_that_are_folder_names_and_differ(tmp_path):
+    values = ["a b", "a_b", "a/b", "a%20b", "a\nb"]
+    names = xpids(commands(tmp_path, write_grid(tmp_path, {"checkpoint": values})))
+    assert len(set(names)) == len(values) and all(re.fullmatch(r"[\w.%+-]+", name) for name in names)
+
+
+def test_a_grid_may_name_its_runs(tmp_path):
+    names = xpids(commands(tmp_path, write_grid(tmp_path, {"xpid": ["baseline"], "env_id": ["maze", "miner"]})))
+    assert names == ["baseline-env_idmaze_0", "baseline-env_idminer_0"]
+
+
+def test_a_forks_own_arguments_are_known_and_its_code_is_not_run(tmp_path):
+    fork = (
+        PROJECT.joinpath("ppo_procgen.py")
+        .read_text()
+        .replace("    env_id: str", "    bonus: float = 0.1\n    env_id: str")
+    )
+    script = write_script(tmp_path, fork + "\nraise SystemExit('imported')\n", "ppo_bonus_procgen.py")
+    lines = commands(tmp_path, write_grid(tmp_path, {"bonus": [0.1, 0.2]}, script))
+    assert "--bonus 0.1" in lines[0] and "-ppo_bonus-lr" in lines[0] and lines[0].endswith("-bonus0.1_0")
+
+
+def test_a_script_of_the_current_folder_comes_first(tmp_path):
+    write_script(tmp_path, name="collect_procgen.py")
+    assert (
+        "python collect_procgen.py --text b"
+        in commands(tmp_path, write_grid(tmp_path, {"text": ["b"]}, "collect_procgen.py"))[0]
+    )
+
+
+@pytest.mark.parametrize("name, count", [("ppo", 16), ("ppo_hparams", 36), ("collect", 32), ("smoke", 4)])
+def test_the_grids_that_come_along_are_taken_by_their_scripts(tmp_path, name, count):
+    lines = commands(tmp_path, name)
+    assert len(set(lines)) == count
+    for line in lines:
+        module = collect_procgen if name == "collect" else ppo_procgen
+        module.check_args(tyro.cli(module.Args, args=shlex.split(line)[2:]))
+
+
+def test_a_hundred_thousand_commands_differ(tmp_path):
+    grid = {"learning_rate": [i / 1e5 for i in range(1, 101)], "gamma": [i / 100 for i in range(100)]}
+    result = run_sweep(tmp_path, write_grid(tmp_path, grid), "--num-trials", 10, "--action", "save")
+    assert result.returncode == 0
+    assert len(set((tmp_path / "my_grid.txt").read_text().splitlines())) == 100_000
+
+
+# MISTAKES
+
+
+@pytest.mark.parametrize(
+    "grid, parts",
+    [
+        ({"envid": ["miner"]}, ["my_grid.json", "'envid'", "env_id"]),
+        ({"env_id": "miner"}, ["my_grid.json", "'env_id'", '"miner"', "list"]),
+        ({"env_id": []}, ["'env_id'", "[]", "list"]),
+        ({"env_id": ["miner", "maze", "miner"]}, ["'env_id'", "'miner'", "2 configurations"]),
+        ({"learning_rate": [0.0005, None]}, ["'learning_rate'", "0.0005", "2 configurations"]),
+        ({"vf_coef": [1, 1.0]}, ["'vf_coef'", "1.0", "2 configurations"]),
+        ({"seed": [0, 1]}, ["'seed'", "2 configurations"]),
+        ({"seed": [None, 1]}, ["my_grid.json", "seed"]),
+        ({"num_envs": [64.0]}, ["'num_envs'", "64.0", "int"]),
+        ({"num_envs": [True]}, ["'num_envs'", "true", "int"]),
+        ({"anneal_lr": ["yes"]}, ["'anneal_lr'", '"yes"', "bool"]),
+        ({"env_id": [3]}, ["'env_id'", "3", "str"]),
+        ({"env_id": [["miner"]]}, ["'env_id'", "str"]),
+        ({"gamma": [float("nan")]}, ["'gamma'", "NaN", "finite"]),
+        ('{"script": "ppo_procgen.py", "grid": {"gamma": [1e999]}}', ["'gamma'", "1e999", "finite"]),
+        ({"checkpoint": ["a\n"]}, ["'checkpoint'", "line end"]),
+        ('{"script": "ppo_procgen.py", "grid": {"env_id": ["miner",]}}', ["my_grid.json", "JSON", "line 1 column"]),
+        ('{"script": "ppo_procgen.py", "grid": {"env_id": ["miner"], "env_id": ["maze"]}}', ["'env_id'", "2 times"]),
+        ('{"grid": {}}', ["my_grid.json", "script"]),
+        ('{"script": "ppo_procgen.py", "grid": [1]}', ["my_grid.json", "script"]),
+        ("[]", ["my_grid.json", "script"]),
+        ('{"script": "nothing.py", "grid": {}}', ["nothing.py", "No such file"]),
+        (f'{{"script": "{PROJECT}/README.md", "grid": {{}}}}', ["README.md", "no Python"]),
+        (f'{{"script": "{PROJECT}/tests/conftest.py", "grid": {{}}}}', ["conftest.py", "class Args"]),
+    ],
+)
+def test_a_mistake_in_a_grid_is_one_line_that_says_where(tmp_path, grid, parts):
+    result = run_sweep(tmp_path, write_grid(tmp_path, grid), "--num-trials", 2)
+    assert result.returncode == 2 and not result.stdout
+    assert_one_line(result.stderr, *parts)
+
+
+@pytest.mark.parametrize(
+    "options, parts",
+    [
+        (["--action", "run"], ["--action", "'run'", "status"]),
+        (["--num-trials", 0], ["--num-trials", "at least 1"]),
+        (["--start-index", -1], ["--start-index", "at least 0"]),
+        (["--runs-per-task", 0], ["--runs-per-task", "at least 1"]),
+        (["--max-array-size", 1], ["--max-array-size", "at least 2"]),
+        (["--action", "slurm", "--job-name", "a/b"], ["--job-name", "'a/b'"]),
+        (["--action", "slurm", "--partition", 'a"b'], ["--partition"]),
+        (["--action", "slurm", "--sbatch-arg", "a\nb"], ["--sbatch-arg"]),
+        (["--action", "slurm", "--template", "none.txt"], ["--template", "none.txt", "No such file"]),
+        (["--action", "slurm", "--max-array-size", 2, "--max-parallel", 1], ["--max-parallel is 1", "at least 2"]),
+        (["--action", "save", "--output", "/dev/null/x"], ["/dev/null/x", "could not be written"]),
+    ],
+)
+def test_a_mistake_in_an_option_is_one_line_and_writes_nothing(tmp_path, options, parts):
+    grid = write_grid(tmp_path, {"env_id": ["miner", "maze"]})
+    result = run_sweep(tmp_path, grid, *options)
+    assert result.returncode == (1 if "--output" in options else 2)
+    assert_one_line(result.stderr, *parts)
+    assert os.listdir(tmp_path) == ["my_grid.json"]
+
+
+def test_a_grid_that_is_not_there_is_one_line(tmp_path):
+    assert_one_line(run_sweep(tmp_path, "nothing").stderr, "--grid-config", "grids/nothing.json", "No such file")
+
+
+def test_seeds_of_a_script_without_one_cannot_be_counted_up(tmp_path):
+    result = run_sweep(tmp_path, "collect", "--num-trials", 2)
+    assert result.returncode == 2
+    assert_one_line(result.stderr, "collect.json", "seed")
+
+
+# FILES
+
+
+def test_printing_writes_nothing(tmp_path):
+    grid = write_grid(tmp_path, {})
+    commands(tmp_path, grid)
+    assert os.listdir(tmp_path) == ["my_grid.json"]
+
+
+def test_a_reader_that_has_had_enough_is_no_error(tmp_path):
+    command = f"{sys.executable} {PROJECT}/sweep.py --grid-config ppo --num-trials 5000 | head -1"
+    result = subprocess.run(command, shell=True, capture_output=True, text=True, cwd=tmp_path)
+    assert len(result.stdout.splitlines()) == 1 and not result.stderr
+
+
+def test_the_command_file_gets_the_grids_name_or_the_given_one(tmp_path):
+    grid = write_grid(tmp_path, {"env_id": ["miner", "maze"]})
+    printed = commands(tmp_path, grid)
+    run_sweep(tmp_path, grid, "--action", "save")
+    run_sweep(tmp_path, grid, "--action", "save", "--output", "deep/er.txt")
+    for path in ("my_grid.txt", "deep/er.txt"):
+        assert (tmp_path / path).read_text().splitlines() == printed
+
+
+@pytest.mark.parametrize("num_tasks", [1, 2, 9, 10, 11, 999, 1000, 1001, 2500])
+@pytest.mark.parametrize("max_array_size", [2, 3, 11, 1001])
+@pytest.mark.parametrize("max_parallel", [None, 2500])
+def test_arrays_cover_every_task_once_within_the_clusters_limit(num_tasks, max_array_size, max_parallel):
+    arrays = sweep.split_tasks(num_tasks, max_array_size, max_parallel)
+    tasks = [offset + i for offset, size, _ in arrays for i in range(1, size + 1)]
+    assert tasks == list(range(1, num_tasks + 1))
+    assert max(size for _, size, _ in arrays) < max_array_size  # the largest index, which must be below it
+    if max_parallel:
+        assert sum(parallel for *_, parallel in arrays) == max_parallel
+
+
+SITE = [
+    "--partition",
+    "gpu long",
+    "--account",
+    "it's",
+    "--qos",
+    "high",
+    "--constraint",
+    "a100|h100",
+    "--time",
+    "1-0:00",
+]
+SITE += ["--mem", "4G", "--cpus-per-task", 2, "--gpus-per-task", "a100:1", "--dependency", "afterok:1:2"]
+SITE += [
+    "--sbatch-arg=--mail-type=END",
+    "--sbatch-arg",
+    "exclusive",
+    "--setup",
+    "module load 'cuda'",
+    "--setup",
+    "export X=1",
+]
+
+
+def test_sbatch_files_are_sound_bash_with_the_sites_settings(tmp_path):
+    folder = tmp_path / "with space"
+    folder.mkdir()
+    grid = write_grid(folder, {"text": HOSTILE}, write_script(folder))
+    result = run_sweep(folder, grid, "--action", "slurm", *SITE, "--max-array-size", 6, "--max-parallel", 7)
+    assert result.returncode == 0, result.stderr
+    generated = folder / "slurm" / "generated" / "my_grid"
+    names = ["commands.txt", "logs", "submit_all.sh"] + [f"array_{i}.sbatch" for i in (1, 2, 3, 4)]
+    assert sorted(os.listdir(generated)) == sorted(names)
+    text = (generated / "array_2.sbatch").read_text()
+    for line in (
+        "#SBATCH --array=1-5%2", f'#SBATCH --chdir="{folder}"', "#SBATCH --requeue", "#SBATCH --open-mode=append",
+        "#SBATCH --signal=B:USR2@120", '#SBATCH --partition="gpu long"', '#SBATCH --account="it\'s"',
+        '#SBATCH --constraint="a100|h100"', '#SBATCH --gpus-per-task="a100:1"', '#SBATCH --dependency="afterok:1:2"',
+        '#SBATCH --mail-type="END"', "#SBATCH --exclusive", "module load 'cuda'", "export X=1",
+    ):  # fmt: skip
+        assert line in text.splitlines(), line
+    assert "{{" not in text
+    scripts = [*generated.glob("*.sbatch"), generated / "submit_all.sh"]
+    for script in scripts:
+        subprocess.run(["bash", "-n", script], check=True)
+    if shutil.which("shellcheck"):
+        subprocess.run(["shellcheck", *scripts], check=True)
+    else:
+        assert not os.environ.get("CI"), "CI must have shellcheck"
+
+
+def test_a_smaller_sweep_of_a_name_is_refused_and_the_same_one_written_again(tmp_path):
+    grid = write_grid(tmp_path, {"env_id": ["miner", "maze", "ninja"]})
+    options = ["--action", "slurm", "--job-name", "job"]
+    assert run_sweep(tmp_path, grid, *options, "--max-array-size", 2).returncode == 0
+    assert run_sweep(tmp_path, grid, *options, "--time", 5).returncode == 0
+    assert [path.name for path in (tmp_path / "slurm/generated/job").glob("*.sbatch")] == ["array.sbatch"]
+    result = run_sweep(tmp_path, write_grid(tmp_path, {"env_id": ["miner"]}), *options)
+    assert result.returncode == 2
+    assert_one_line(result.stderr, "slurm/generated/job", "--job-name")
+
+
+def test_a_labs_own_template_is_filled_and_its_mistakes_are_named(tmp_path):
+    grid = write_grid(tmp_path, {})
+    (tmp_path / "lab.txt").write_text("#!/bin/bash\n#SBATCH --array={{array}}\n{{setup}}\nrun {{folder}}\n")
+    options = ["--action", "slurm", "--template", "lab.txt", "--setup", "module load x"]
+    assert run_sweep(tmp_path, grid, *options).returncode == 0
+    text = (tmp_path / "slurm/generated/my_grid/array.sbatch").read_text()
+    assert text == "#!/bin/bash\n#SBATCH --array=1-1\nmodule load x\nrun slurm/generated/my_grid\n"
+    (tmp_path / "lab.txt").write_text("{{arrays}}")
+    assert_one_line(run_sweep(tmp_path, grid, *options).stderr, "lab.txt", "{{arrays}}", "array, ")
+
+
+def test_the_ranges_are_those_of_the_collector():
+    assert sweep.RANGES == collect_procgen.RANGES
+
+
+# STATUS, AND THE COMMAND LIST
+
+
+def rows(folder, *arguments):
+    """Cells of status by configuration, its summary line, and the exit code."""
+    result = run_sweep(folder, *arguments, "--action", "status")
+    assert not result.stderr
+    header, *lines, summary = result.stdout.splitlines()
+    names = re.split(r"\s{2,}", header.strip())
+    table = [dict(zip(names, re.split(r"\s{2,}", line.strip()))) for line in lines]
+    return {row["configuration"]: row for row in table}, summary, result.returncode
+
+
+def test_a_command_list_under_xargs_resumes_and_ends_and_status_follows_it(tmp_path):
+    grid = write_grid(
+        tmp_path, {**TINY, "env_id": ["leaper", "starpilot"], "total_timesteps": [320], "archive_interval": [5]}
+    )
+    options = [grid, "--python", sys.executable]
+    table, summary, code = rows(tmp_path, *options)
+    assert (table["env_id=starpilot"]["not started"], table["env_id=starpilot"]["progress"], code) == ("1", "0.0 %", 3)
+
+    run_sweep(tmp_path, *options, "--action", "save")
+    xargs = ["xargs", "-d", "\n", "-P", "2", "-I{}", "sh", "-c", "{}"]
+    with open(tmp_path / "my_grid.txt") as lines:
+        process = subprocess.Popen(xargs, stdin=lines, cwd=tmp_path, start_new_session=True)
+    wait_for(lambda: len(list(tmp_path.glob("models/*/*/progress.csv"))) == 2, process)
+    table, _, _ = rows(tmp_path, *options)
+    assert table["env_id=starpilot"]["running"] == "1"
+    os.killpg(process.pid, signal.SIGTERM)
+    process.wait()
+    wait_for_unlocked = time.monotonic() + 60
+    while "0 running" not in (summary := rows(tmp_path, *options)[1]):
+        assert time.monotonic() < wait_for_unlocked
+        time.sleep(0.2)
+    assert "0 done" in summary and "2 stopped" in summary
+
+    with open(tmp_path / "my_grid.txt") as lines:
+        subprocess.run(xargs, stdin=lines, cwd=tmp_path, check=True)
+    table, summary, code = rows(tmp_path, *options)
+    assert code == 0 and summary == (
+        "2 configurations, 2 runs: 2 done, 0 running, 0 stopped, 0 not started; 100.0 % in all"
+    )
+    (final,) = tmp_path.glob("models/starpilot/*/final/model_*.pt")
+    test_return = torch.load(final, weights_only=True)["test_return"]
+    assert table["env_id=starpilot"]["test return"] == f"{test_return:.2f}"
+    assert table["env_id=starpilot"]["final test"] == f"{test_return:.2f} +- 0.00"
+    assert table["env_id=starpilot"]["normalised"] == f"{(test_return - 2.5) / 61.5:.2f}"
+
+    # Without --xpid the script finds the same folder, and what is finished is left out of a new list.
+    words = shlex.split(commands(tmp_path, *options)[0])
+    again = run_main(ppo_procgen, words[2 : words.index("--xpid")], tmp_path)
+    assert again.returncode == 0 and "is finished" in again.stdout
+    assert commands(tmp_path, *options, "--only-missing", "--num-trials", 2) == commands(
+        tmp_path, *options, "--start-index", 1
+    )
+    longer = json.loads(Path(grid).read_text())
+    longer["grid"]["total_timesteps"] = [640]
+    _, summary, code = rows(tmp_path, write_grid(tmp_path, json.dumps(longer), name="longer"))
+    assert code == 3 and "2 stopped" in summary and "50.0 %" in summary
+
+    # The collection from these runs.
+    grid = {
+        "env_id": ["leaper"],
+        "ratio": [1.0, 0.75],
+        "total_timesteps": [50],
+        "num_envs": [2],
+        "preview": [0],
+    }
+    grid = write_grid(tmp_path, grid, "collect_procgen.py", "collecting")
+    _, summary, code = rows(tmp_path, grid)
+    assert code == 3 and "2 not started" in summary
+    for line in commands(tmp_path, grid):
+        assert run_main(collect_procgen, shlex.split(line)[2:], tmp_path).returncode == 0
+    table, _, code = rows(tmp_path, grid)
+    (metadata,) = tmp_path.glob("models/leaper/*/test_dataset/0.75/metadata.json")
+    mean = json.loads(metadata.read_text())["return_mean"]
+    assert code == 0 and table["ratio=0.75"]["final test"] == f"{mean:.2f} +- 0.00"
+    assert not commands(tmp_path, grid, "--only-missing")
+
+
+def fake_run(folder, seed, steps, train, tests, final=True):
+    """The traces of a finished run that status reads. Returned is its folder."""
+    run = folder / "models" / "maze" / f"maze-easy-200-ppo-lr0.0005-epoch3-mb8-v0.5-ha0.01_{seed}"
+    (run / "final").mkdir(parents=True)
+    (run / "rolling").mkdir()
+    (run / "rolling" / "model.pt").touch()
+    if final:
+        (run / "final" / f"model_{tests[-1]}.pt").touch()
+    with open(run / "progress.csv", "w") as file:
+        writer = csv.writer(file)
+        writer.writerow(["iteration", "global_step", "charts/episodic_return", "charts/test_return"])
+        for i, test_return in enumerate(tests, 1):
+            writer.writerow([i, steps * i // len(tests), train, test_return])
+    return run
+
+
+def test_status_shows_means_and_deviations_over_seeds(tmp_path):
+    grid = write_grid(tmp_path, {"env_id": ["maze"], "total_timesteps": [32768]})
+    fake_run(tmp_path, 0, 32768, 8.0, [5.0, 6.0])
+    fake_run(tmp_path, 1, 32768, 9.0, [5.0, 9.0])
+    fake_run(tmp_path, 2, 16384, 4.0, [2.0, "nan"], final=False)
+    lock = filelock.FileLock(fake_run(tmp_path, 3, 16384, 6.0, [4.0], final=False) / ".lock")
+    with lock:
+        table, summary, code = rows(tmp_path, grid, "--num-trials", 5)
+    expected = ["2", "1", "1", "1", "60.0 %", "6.75", "5.25", "8.50 +- 0.50", "7.50 +- 1.50", "0.50"]
+    assert list(table["my_grid"].values())[1:] == expected and code == 3
+    assert summary == "1 configurations, 5 runs: 2 done, 1 running, 1 stopped, 1 not started; 60.0 % in all"
+
+
+def test_a_damaged_table_is_one_line(tmp_path):
+    grid = write_grid(tmp_path, {"env_id": ["maze"]})
+    run = fake_run(tmp_path, 0, 32768, 8.0, [5.0])
+    for content in (b"\xff\xfe", b"a,b\n1,2\n", b"global_step,charts/episodic_return,charts/test_return\n1,x,2\n"):
+        (run / "progress.csv").write_bytes(content)
+        result = run_sweep(tmp_path, grid, "--action", "status")
+        assert result.returncode in (1, 2)
+        assert_one_line(result.stderr, "progress.csv")
+
+
+def test_asking_for_the_status_does_not_disturb_a_run_that_is_about_to_start(tmp_path):
+    """A run waits for its lock while status holds it."""
+    grid = write_grid(tmp_path, {**TINY, "env_id": ["leaper"], "total_timesteps": [64]})
+    words = shlex.split(commands(tmp_path, grid)[0])[2:]
+    run = tmp_path / "models" / "leaper" / words[-1]
+    run.mkdir(parents=True)
+    holder = f"import fcntl, time; file = open({str(run / '.lock')!r}, 'w'); fcntl.flock(file, fcntl.LOCK_SH)"
+    holding = subprocess.Popen([sys.executable, "-c", f"{holder}; print(flush=True); time.sleep(0.5)"], stdout=-1)
+    holding.stdout.readline()
+    assert run_main(ppo_procgen, words, tmp_path).returncode == 0
+    holding.wait()
+
+
+def test_the_status_of_a_script_without_runs_is_unknown(tmp_path):
+    result = run_sweep(tmp_path, write_grid(tmp_path, {}, write_script(tmp_path)), "--action", "status")
+    assert result.returncode == 2
+    assert_one_line(result.stderr, "status", "xpid")
+
+
+# SLURM
+
+SIGNALLED = """
+import os, signal, sys, time
+class Args:
+    name: str = ""
+    seconds: float = 60
+name, seconds = sys.argv[2], float(sys.argv[4])
+signal.signal(signal.SIGUSR2, lambda *_: (open(name, "a").write("USR2 "), os._exit(75)))
+signal.signal(signal.SIGTERM, lambda *_: (open(name, "a").write("TERM "), os._exit(75)))
+started = os.path.exists(name)
+open(name, "a").write("start ")
+time.sleep(1 if started else seconds)
+open(name, "a").write("end ")
+"""
+EXITING = """
+import sys
+class Args:
+    code: int = 0
+sys.exit(int(sys.argv[2]))
+"""
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    if reason := slurm_cluster.why_not():
+        assert not os.environ.get("CI"), f"CI must run the tests on Slurm. {reason}"
+        pytest.skip(reason)
+    cluster = slurm_cluster.Cluster(tmp_path_factory.mktemp("slurm"))
+    os.environ["SLURM_CONF"] = cluster.environment["SLURM_CONF"]
+    yield cluster
+    del os.environ["SLURM_CONF"]
+    cluster.stop()
+
+
+def submit(folder, grid, *options):
+    """Submit a sweep and return its job ids."""
+    options = ["--action", "slurm", "--python", sys.executable, "--cpus-per-task", 1, *options, "--submit"]
+    result = run_sweep(folder, grid, *options)
+    assert result.returncode == 0, result.stderr
+    return re.findall(r"as job (\d+)", result.stdout)
+
+
+def ended(cluster, job):
+    """Wait until a job's tasks have ended. Returns their states and exit codes by task index."""
+
+    def tasks():
+        return [task for task in cluster.jobs().values() if task["ArrayJobId"] == job]
+
+    cluster.wait(lambda: not {"PENDING", "RUNNING", "COMPLETING"} & {task["JobState"] for task in tasks()}, 240)
+    return {int(task["ArrayTaskId"]): (task["JobState"], task["ExitCode"]) for task in tasks()}
+
+
+def start_requeued(cluster, task):
+    """Let a requeued task start at once; Slurm makes it wait for two minutes."""
+    cluster.wait(lambda: cluster.jobs()[task]["Reason"] == "BeginTime")
+    cluster.run("scontrol", "update", f"JobId={task}", "StartTime=now")
+
+
+def test_slurm_a_sweep_runs_to_its_end(cluster, tmp_path):
+    (job,) = submit(tmp_path, "smoke", "--job-name", "end_to_end", "--max-parallel", 2)
+    assert set(ended(cluster, job).values()) == {("COMPLETED", "0:0")}
+    for command in commands(tmp_path, "smoke"):
+        words = shlex.split(command)
+        run = tmp_path / "models" / words[words.index("--env-id") + 1] / words[-1]
+        assert [len(list(run.glob(names))) for names in ("rolling/*.pt", "final/*.pt", "checkpoint/*.pt")] == [1, 1, 2]
+        assert len((run / "progress.csv").read_text().splitlines()) == 5
+    _, summary, code = rows(tmp_path, "smoke")
+    assert code == 0 and summary.startswith("4 configurations, 4 runs: 4 done")
+    log = (tmp_path / "slurm/generated/end_to_end/logs" / f"{job}_2.log").read_text()
+    for part in (
+        f"task {job}_2",
+        "host ",
+        "GPU ",
+        "restart 0",
+        commands(tmp_path, "smoke")[1].split(" ", 1)[1],
+        "done: ",
+    ):
+        assert part in log
+    assert not commands(tmp_path, "smoke", "--only-missing")
+
+
+def test_slurm_a_task_that_is_warned_is_requeued_and_ends_in_the_same_weights(cluster, tmp_path):
+    grid = write_grid(tmp_path, {**TINY, "env_id": ["leaper"], "total_timesteps": [1280], "log_interval": [1000]})
+    (words,) = [shlex.split(line)[2:] for line in commands(tmp_path, grid)]
+    (tmp_path / "uninterrupted").mkdir()
+    script = [sys.executable, PROJECT / "ppo_procgen.py", *words]
+    threads = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run(script, cwd=tmp_path / "uninterrupted", env=threads, check=True, capture_output=True)
+
+    (job,) = submit(tmp_path, grid, "--job-name", "warned")
+    cluster.wait(lambda: len(list(tmp_path.glob("models/leaper/*/progress.csv"))))
+    cluster.run("scancel", "--signal=USR2", "--batch", f"{job}_1")
+    start_requeued(cluster, f"{job}_1")
+    assert ended(cluster, job) == {1: ("COMPLETED", "0:0")}
+    assert cluster.jobs()[f"{job}_1"]["Restarts"] == "1"
+    log = (tmp_path / "slurm/generated/warned/logs" / f"{job}_1.log").read_text()
+    assert (
+        "restart 0" in log and "stopped by SIGUSR2" in log and "restart 1" in log and "resumed after iteration" in log
+    )
+    (whole,), (resumed,) = (
+        folder.glob("models/leaper/*/final/*.pt") for folder in (tmp_path / "uninterrupted", tmp_path)
+    )
+    whole, resumed = (torch.load(path, weights_only=True)["model_state_dict"] for path in (whole, resumed))
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_slurm_a_failing_command_fails_with_its_code_while_the_others_finish(cluster, tmp_path):
+    (job,) = submit(tmp_path, write_grid(tmp_path, {"code": [3, 0]}, write_script(tmp_path, EXITING)))
+    assert ended(cluster, job) == {1: ("FAILED", "3:0"), 2: ("COMPLETED", "0:0")}
+
+
+@pytest.mark.parametrize("runs_per_task, num_jobs", [(1, 4), (3, 2)])
+def test_slurm_chunked_and_packed_arrays_run_each_line_once(cluster, tmp_path, runs_per_task, num_jobs):
+    grid = write_grid(tmp_path, {"number": list(range(8))}, write_script(tmp_path))
+    jobs = submit(tmp_path, grid, "--max-array-size", 3, "--runs-per-task", runs_per_task)
+    assert len(jobs) == num_jobs
+    for job in jobs:
+        assert set(ended(cluster, job).values()) == {("COMPLETED", "0:0")}
+    noted = [json.loads(line)[1] for line in (tmp_path / "noted.txt").read_text().splitlines()]
+    assert sorted(noted) == [str(i) for i in range(8)]
+    assert len(list((tmp_path / "slurm/generated/my_grid/logs").iterdir())) == (8 if runs_per_task == 1 else 3 + 8)
+
+
+def test_slurm_a_packed_task_passes_signals_on_and_fails_with_the_code_of_a_command(cluster, tmp_path):
+    script = write_script(tmp_path, SIGNALLED)
+    grid = write_grid(tmp_path, {"name": ["a", "b"], "seconds": [60]}, script, "packed")
+    (job,) = submit(tmp_path, grid, "--runs-per-task", 2)
+    cluster.wait(lambda: (tmp_path / "a").exists() and (tmp_path / "b").exists())
+    cluster.run("scancel", "--signal=USR2", "--batch", f"{job}_1")
+    start_requeued(cluster, f"{job}_1")
+    assert ended(cluster, job) == {1: ("COMPLETED", "0:0")}
+    assert [(tmp_path / name).read_text() for name in "ab"] == ["start USR2 start end "] * 2
+
+    (job,) = submit(
+        tmp_path, write_grid(tmp_path, {"code": [0, 7]}, write_script(tmp_path, EXITING)), "--runs-per-task", 2
+    )
+    assert ended(cluster, job) == {1: ("FAILED", "7:0")}
+
+
+def test_slurm_restarts_are_capped(cluster, tmp_path):
+    grid = write_grid(tmp_path, {"code": [75]}, write_script(tmp_path, EXITING))
+    (job,) = submit(tmp_path, grid, "--max-restarts", 1)
+    start_requeued(cluster, f"{job}_1")
+    assert ended(cluster, job) == {1: ("FAILED", "75:0")}
+    assert cluster.jobs()[f"{job}_1"]["Restarts"] == "1"
+
+
+def test_slurm_a_cancelled_task_stays_cancelled_and_a_preempted_one_comes_back(cluster, tmp_path):
+    grid = write_grid(
+        tmp_path, {"name": ["cancelled", "preempted"], "seconds": [60]}, write_script(tmp_path, SIGNALLED)
+    )
+    (job,) = submit(tmp_path, grid)
+    cluster.wait(lambda: (tmp_path / "preempted").exists() and (tmp_path / "cancelled").exists())
+    cluster.run("scancel", f"{job}_1")
+    cluster.wait(lambda: cluster.jobs()[f"{job}_1"]["JobState"] == "CANCELLED")
+    cluster.run(
+        "sbatch", "--partition=high", f"--cpus-per-task={os.cpu_count()}", "--output=/dev/null", "--wrap", "sleep 1"
+    )
+    start_requeued(cluster, f"{job}_2")
+    assert {index: state for index, (state, _) in ended(cluster, job).items()} == {1: "CANCELLED", 2: "COMPLETED"}
+    assert (tmp_path / "cancelled").read_text().split() in (["start", "TERM"], ["start", "TERM", "TERM"])
+    assert (tmp_path / "preempted").read_text().split()[-2:] == ["start", "end"]
+
+
+def test_slurm_a_sweep_can_wait_for_another(cluster, tmp_path):
+    first = write_grid(tmp_path, {"code": [0]}, write_script(tmp_path, EXITING), "first")
+    fails = write_grid(tmp_path, {"code": [1]}, tmp_path / "note.py", "fails")
+    (first_job,), (failing_job,) = submit(tmp_path, first), submit(tmp_path, fails)
+    (after_first,) = submit(tmp_path, first, "--job-name", "after_first", "--dependency", f"afterok:{first_job}")
+    (never,) = submit(tmp_path, first, "--job-name", "never", "--dependency", f"afterok:{failing_job}")
+    assert ended(cluster, after_first) == {1: ("COMPLETED", "0:0")}
+    cluster.wait(lambda: "DependencyNeverSatisfied" in cluster.run("squeue", "-h", "-j", never, "-o", "%r"))
+    cluster.run("scancel", never)
+
+
+def test_slurm_names_the_largest_array(cluster, tmp_path):
+    assert sweep.ask_max_array_size() == 1001
