@@ -511,17 +511,18 @@ def test_a_damaged_table_is_one_line(tmp_path):
         assert_one_line(result.stderr, "progress.csv")
 
 
-def test_asking_for_the_status_does_not_disturb_a_run_that_is_about_to_start(tmp_path):
-    """A run waits for its lock while status holds it."""
-    grid = write_grid(tmp_path, {**TINY, "env_id": ["leaper"], "total_timesteps": [64]})
-    words = shlex.split(commands(tmp_path, grid)[0])[2:]
-    run = tmp_path / "models" / "leaper" / words[-1]
-    run.mkdir(parents=True)
-    holder = f"import fcntl, time; file = open({str(run / '.lock')!r}, 'w'); fcntl.flock(file, fcntl.LOCK_SH)"
-    holding = subprocess.Popen([sys.executable, "-c", f"{holder}; print(flush=True); time.sleep(0.5)"], stdout=-1)
-    holding.stdout.readline()
-    assert run_main(ppo_procgen, words, tmp_path).returncode == 0
-    holding.wait()
+@pytest.mark.parametrize("module", [ppo_procgen, collect_procgen])
+def test_asking_for_the_status_does_not_get_in_the_way_of_a_run_that_starts(tmp_path, module):
+    """Whoever wants the lock waits while status holds it."""
+    asking = f"import fcntl, time; file = open({str(tmp_path / '.lock')!r}, 'w'); fcntl.flock(file, fcntl.LOCK_SH)"
+    asking = [sys.executable, "-c", f"{asking}; print(flush=True); time.sleep(0.3)"]
+    with subprocess.Popen(asking, stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        if module is ppo_procgen:
+            ppo_procgen.lock_run(tmp_path, tmp_path).release()
+        else:
+            made_with = {"versions": {"procgen": ""}}
+            collect_procgen.open_dataset(tmp_path, made_with)[1].release()
 
 
 def test_the_status_of_a_script_without_runs_is_unknown(tmp_path):
@@ -539,7 +540,7 @@ class Args:
     seconds: float = 60
 name, seconds = sys.argv[2], float(sys.argv[4])
 signal.signal(signal.SIGUSR2, lambda *_: (open(name, "a").write("USR2 "), os._exit(75)))
-signal.signal(signal.SIGTERM, lambda *_: (open(name, "a").write("TERM "), os._exit(75)))
+signal.signal(signal.SIGTERM, lambda *_: (open(name, "a").write("TERM "), time.sleep(1), os._exit(75)))
 started = os.path.exists(name)
 open(name, "a").write("start ")
 time.sleep(1 if started else seconds)
