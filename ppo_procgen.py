@@ -519,6 +519,7 @@ def main():
     if args.checkpoint and not resuming:
         load_agent(agent, optimizer, load_checkpoint(Path(args.checkpoint)), args.checkpoint)
     run_lock = lock_run(run_dir, log_dir)
+    resuming = args.resume and rolling_path.exists()  # again: whoever had the lock may have written it
     first_iteration, global_step, progress = 1, 0, []
     if resuming:
         state = load_checkpoint(rolling_path)

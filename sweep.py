@@ -23,6 +23,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,6 +66,8 @@ class Args:
 
 
 SBATCH_OPTIONS = "partition account qos constraint time mem cpus_per_task gpus_per_task dependency".split()
+# What decides where collect_procgen.py writes.
+DATASET_ARGUMENTS = "env_id ratio ratio_checkpoint_dir ratio_dataset_dir checkpoint dataset_saving_dir".split()
 HERE = Path(__file__).parent
 # Return ranges of Cobbe et al. 2020, appendix C, for the normalised return (R - min) / (max - min).
 RANGES = {
@@ -86,7 +89,7 @@ RANGES = {
 class Run(NamedTuple):
     command: str
     configuration: str  # the swept arguments but for the seed, as status shows them
-    settings: dict  # every argument of the script, with its default if the grid does not name it
+    settings: dict  # every argument of the script; if the grid has it not, its default, or None if that is computed
 
 
 class Progress(NamedTuple):
@@ -117,6 +120,7 @@ def check_args(args: Args) -> None:
     for name, least in dict(num_trials=1, start_index=0, runs_per_task=1, max_parallel=1, max_restarts=0).items():
         require(getattr(args, name) is None or getattr(args, name) >= least, name, f"at least {least}")
     require(args.max_array_size is None or args.max_array_size >= 2, "max_array_size", "at least 2")
+    require(args.action == "slurm" or not args.submit, "submit", "left out, or --action slurm given")
     if args.action == "slurm":
         require(re.fullmatch(r"\w[\w.+-]*", args.job_name), "job_name", "letters, digits and .+-_")
     for name in (*SBATCH_OPTIONS, "sbatch_arg"):
@@ -126,35 +130,41 @@ def check_args(args: Args) -> None:
         fail("--submit needs sbatch, which is not installed here; leave it out, and submit where it is", 2)
 
 
-def read_file(path: Path, what: str) -> str:
+def read_file(path: Path, name: str, code: int = 2) -> str:
     try:
-        return path.read_text()
+        return path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        fail(f"{what} {path} cannot be read: {getattr(error, 'strerror', 'it is no text')}", 2)
+        fail(f"{name} {path} cannot be read: {getattr(error, 'strerror', 'it is no text')}", code)
 
 
 def find(path: str) -> Path:
     """A file of the current folder or else of the one that this script is in."""
-    return Path(path) if Path(path).exists() else HERE / path
+    return Path(path) if os.path.exists(path) else HERE / path
 
 
 def read_script_args(script: Path) -> dict:
     """Names of a script's arguments with their annotations and defaults, from its class Args, which is not run."""
     try:
-        tree = ast.parse(read_file(script, "the grid's script"))
+        tree = ast.parse(read_file(script, "the grid's script"), str(script))
     except (ValueError, SyntaxError) as error:
         fail(f"the grid's script {script} is no Python: {error}", 2)
-    classes = [node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Args"]
-    if not classes:
-        fail(f"the grid's script {script} has no class Args, whose fields are its arguments", 2)
+    classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
     arguments = {}
-    for node in classes[0].body:
-        if isinstance(node, ast.AnnAssign):
-            try:
-                default = ast.literal_eval(node.value)
-            except (ValueError, TypeError):  # no default, or one that is computed
-                default = None
-            arguments[node.target.id] = (ast.unparse(node.annotation), default)
+
+    def add_fields(name):
+        if name not in classes:
+            fail(f"the grid's script {script} has no class {name}, whose fields would be its arguments", 2)
+        for base in classes[name].bases:
+            add_fields(ast.unparse(base))
+        for node in classes[name].body:
+            if isinstance(node, ast.AnnAssign):
+                try:
+                    default = ast.literal_eval(node.value)
+                except (ValueError, TypeError):  # no default, or one that is computed
+                    default = None
+                arguments[node.target.id] = (ast.unparse(node.annotation), default)
+
+    add_fields("Args")
     return arguments
 
 
@@ -176,10 +186,10 @@ def read_grid(path: Path) -> tuple:
                 fail(f"{path}: {name!r} stands there {count} times", 2)
         return dict(pairs)
 
-    text = read_file(path, "--grid-config is a name in grids/ or the path of a JSON file;")
+    text = read_file(path, "--grid-config takes a name in grids/ or the path of a JSON file, but")
     try:
         grid = json.loads(text, parse_float=JsonFloat, parse_constant=JsonFloat, object_pairs_hook=as_dict)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         fail(f"{path} is no JSON: {error}", 2)
     if not isinstance(grid, dict) or grid.keys() != {"script", "grid"} or not isinstance(grid["grid"], dict):
         fail(f'{path}: it must be {{"script": "ppo_procgen.py", "grid": {{"env_id": ["miner"], ...}}}}', 2)
@@ -199,11 +209,12 @@ def check_value(path: Path, name: str, value, annotation: str) -> None:
     types = {"int": (int,), "float": (int, JsonFloat), "bool": (bool,), "str": (str,)}
     scalars = (int, JsonFloat, bool, str)  # of other annotations the script itself is the judge
     if value is not None and type(value) not in types.get(annotation.replace(" | None", ""), scalars):
-        fail(f"{path}: {name!r} is {json.dumps(value)}; {annotation} is wanted", 2)
-    if isinstance(value, float) and not math.isfinite(value):
-        fail(f"{path}: {name!r} is {value.text}; a finite number is wanted", 2)
-    if isinstance(value, str) and ("\0" in value or value.endswith("\n")):
-        fail(f"{path}: {name!r} is {json.dumps(value)}; it must not hold \\0 nor end in a line end", 2)
+        wanted = "a number, string, boolean or null" if isinstance(value, (list, dict)) else annotation
+        fail(f"{path}: {name!r} is {json.dumps(value)}; {wanted} is wanted", 2)
+    if isinstance(value, (int, float)) and not -1e308 < value < 1e308:
+        fail(f"{path}: {name!r} is {getattr(value, 'text', 'too large')}; a finite number is wanted", 2)
+    if isinstance(value, str) and re.search("[\0\ud800-\udfff]|\n\\Z", value):
+        fail(f"{path}: {name!r} is {json.dumps(value)}; it must be text that does not end in a line end", 2)
 
 
 def flag(name: str, value, annotation: str) -> str:
@@ -236,11 +247,13 @@ def expand(args: Args, path: Path) -> list:
     script, arguments, grid = read_grid(path)
     if "resume" in arguments:
         grid.setdefault("resume", [True])  # so that a command can be run again
+    if grid.get("xpid") == [None]:
+        del grid["xpid"]
     seeds = grid.pop("seed", [arguments["seed"][1] if "seed" in arguments else None])
-    if None not in seeds:
+    if all(type(seed) is int for seed in seeds):
         seeds = [seed + args.start_index + trial for seed in seeds for trial in range(args.num_trials)]
     elif seeds != [None] or args.num_trials > 1 or args.start_index:
-        fail(f'{path}: to count seeds up, a first one is needed, "seed": [0], and not null', 2)
+        fail(f'{path}: to count seeds up, whole numbers to begin with are needed, such as "seed": [0]', 2)
     grid["seed"] = seeds
     swept = [name for name, values in grid.items() if len(values) > 1]
 
@@ -265,59 +278,61 @@ def expand(args: Args, path: Path) -> list:
         flags, values = zip(*combination)
         words = [start, *filter(None, flags)]
         settings = defaults | dict(zip(grid, values))
+        configuration = label.format_map(settings).replace("\n", " ") or path.stem
         if pattern:
             settings["xpid"] = quote(pattern.format_map(settings), safe="+")
-            words.append(f"--xpid {shlex.quote(settings['xpid'])}")
+            words.append(flag("xpid", settings["xpid"], "str"))
             folders.add((settings.get("env_id"), settings["xpid"]))
-        runs.append(Run(" ".join(words), label.format_map(settings) or path.stem, settings))
-    if pattern and len(folders) < len(runs):
-        fail(f"{path}: two configurations would get the same xpid; sweep values that are easier to tell apart", 2)
+        elif settings.get("save_dataset"):
+            folders.add(tuple(map(settings.get, DATASET_ARGUMENTS)))
+        runs.append(Run(" ".join(words), configuration, settings))
+    if folders and len(folders) < len(runs):
+        names = "xpid" if pattern else f"dataset, as that depends on {', '.join(DATASET_ARGUMENTS)} only"
+        fail(f"{path}: two commands would share a folder, as they have the same {names}", 2)
+    if longest := max((xpid for _, xpid in folders if len(xpid) > 255), default=None) if pattern else None:
+        fail(f"{path}: {longest} is too long for a folder's name; sweep shorter values", 2)
     return runs
 
 
-def is_locked(path: Path) -> bool:
-    """Whether a process works there. The scripts wait a second for their lock, so asking does not get in their way."""
+def state_of(folder: Path, done: bool, started: bool) -> str:
+    """One of STATES. The scripts wait a second for the lock of their folder, so asking does not get in their way."""
     try:
-        with open(path) as file:
+        with open(folder / ".lock") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # released as the file is closed
     except BlockingIOError:
-        return True
-    except OSError:  # not there
+        return "done" if done else "running"
+    except OSError:  # there is none
         pass
-    return False
-
-
-def state_of(folder: Path, done: bool, started: bool) -> str:
-    return "done" if done else "running" if is_locked(folder / ".lock") else "stopped" if started else "not started"
+    return "done" if done else "stopped" if started else "not started"
 
 
 def training_progress(settings: dict) -> Progress:
     """Of a run in {model_saving_dir}/{env_id}/{xpid}/, from its progress.csv."""
     folder = Path(settings["model_saving_dir"], settings["env_id"], settings["xpid"])
-    rows = []
-    if (folder / "progress.csv").exists():
-        rows = list(csv.DictReader(read_file(folder / "progress.csv", "the table").splitlines()))
+    table, rows = folder / "progress.csv", []
+    if table.exists():
+        rows = list(csv.DictReader(read_file(table, "the table", 1).splitlines()))
+    last = rows[-1] if rows else {"global_step": 0, "charts/episodic_return": "nan"}
     try:
-        steps = int(rows[-1]["global_step"]) if rows else 0
-        train_return = float(rows[-1]["charts/episodic_return"]) if rows else math.nan
+        steps, train_return = int(last["global_step"]), float(last["charts/episodic_return"])
         tests = [row["charts/test_return"] for row in rows if row["charts/test_return"] != "nan"]
-        test_return = float(tests[-1]) if tests else math.nan
+        test_return = float(tests[-1] if tests else "nan")
     except (KeyError, ValueError, TypeError) as error:
-        fail(f"{folder / 'progress.csv'} is damaged ({type(error).__name__}: {error})")
+        fail(f"{table} is damaged ({type(error).__name__}: {error})")
     batch_size = settings["num_envs"] * settings["num_steps"]
     total_steps = settings["total_timesteps"] // batch_size * batch_size
     done = steps >= total_steps and any(folder.glob("final/model_*.pt"))
     state = state_of(folder, done, (folder / "rolling" / "model.pt").exists())
-    game = (settings["distribution_mode"], settings["env_id"])
+    game = (settings.get("distribution_mode"), settings["env_id"])
     return Progress(state, min(1.0, steps / max(total_steps, 1)), train_return, test_return, game)
 
 
 def dataset_progress(folder: Path, settings: dict) -> Progress:
     """Of a dataset, from its metadata.json. Its mean return stands for the test return."""
     started = (folder / "metadata.json").exists()
-    wanted = ("steps", "total_timesteps") if settings["num_episodes"] is None else ("episodes", "num_episodes")
+    wanted = ("episodes", "num_episodes") if settings.get("num_episodes") else ("steps", "total_timesteps")
     try:
-        metadata = json.loads(read_file(folder / "metadata.json", "the dataset's")) if started else {}
+        metadata = json.loads(read_file(folder / "metadata.json", "the dataset's", 1)) if started else {}
         fraction = metadata.get(wanted[0], 0) / settings[wanted[1]]
         mean = float(math.nan if metadata.get("return_mean") is None else metadata["return_mean"])
         state = state_of(folder, bool(metadata.get("complete")) and fraction >= 1, started)
@@ -330,16 +345,25 @@ def dataset_progress(folder: Path, settings: dict) -> Progress:
 def progress_of(run: Run) -> Progress:
     """How far a command has come. One that collects from every run of a game is done when all its datasets are."""
     settings = run.settings
-    try:
-        if "xpid" in settings:
-            return training_progress(settings)
-        folders = {settings["dataset_saving_dir"]}
-        if settings["ratio"] is not None:
-            finals = Path(settings["ratio_checkpoint_dir"], settings["env_id"]).glob("*/final/model_*.pt")
-            folders = {path.parents[1] / settings["ratio_dataset_dir"] / str(settings["ratio"]) for path in finals}
-        parts = [dataset_progress(Path(folder), settings) for folder in folders] or [Progress("not started")]
-    except (KeyError, TypeError):
-        fail("the status is known of scripts that train with an xpid and collect with ratio or dataset_saving_dir", 2)
+    if "xpid" in settings:
+        needed = ["model_saving_dir", "env_id", "num_envs", "num_steps", "total_timesteps"]
+    elif settings.get("ratio") is not None:
+        needed = ["env_id", "ratio_checkpoint_dir", "ratio_dataset_dir", "total_timesteps"]
+    else:
+        needed = ["dataset_saving_dir", "total_timesteps"]
+    if unknown := [name for name in needed if not settings.get(name)]:
+        fail(f"status and --only-missing need to know {', '.join(unknown)}: neither grid nor script says it plainly", 2)
+    if "xpid" in settings:
+        return training_progress(settings)
+    folders = [settings["dataset_saving_dir"]]
+    if settings.get("ratio") is not None:
+        needs = (
+            ("final",) if settings["ratio"] == 1 else ("final", "checkpoint")
+        )  # other runs are skipped by the script
+        runs = sorted(Path(settings["ratio_checkpoint_dir"], settings["env_id"]).glob("*/"))
+        runs = [run for run in runs if all(any(run.glob(f"{name}/*.pt")) for name in needs)]
+        folders = [run / settings["ratio_dataset_dir"] / str(settings["ratio"]) for run in runs]
+    parts = [dataset_progress(Path(folder), settings) for folder in folders] or [Progress("not started")]
     states = {part.state for part in parts}
     state = states.pop() if len(states) == 1 else "running" if "running" in states else "stopped"
     returns = [part.test_return for part in parts if not math.isnan(part.test_return)]
@@ -347,8 +371,8 @@ def progress_of(run: Run) -> Progress:
     return Progress(state, statistics.fmean(part.fraction for part in parts), math.nan, mean, parts[0].game)
 
 
-def print_status(runs: list) -> None:
-    """Print a row per configuration and a summary. Exits with code 3 unless everything is done."""
+def print_status(runs: list) -> int:
+    """Print a row per configuration and a summary. Returns the exit code: 3 unless everything is done."""
 
     def mean(values, spread=False):
         values = [value for value in values if not math.isnan(value)]
@@ -357,65 +381,68 @@ def print_status(runs: list) -> None:
         deviation = f" +- {statistics.pstdev(values):.2f}" if spread else ""
         return f"{statistics.fmean(values):.2f}{deviation}"
 
+    def summary(seeds):
+        counts = [sum(seed.state == state for seed in seeds) for state in STATES]
+        return counts, f"{100 * statistics.fmean(seed.fraction for seed in seeds):.1f} %"
+
     columns = ("progress", "train return", "test return", "final train", "final test", "normalised")
     table = [["configuration", *STATES, *columns]]
     configurations = {}
     for run in runs:
         configurations.setdefault(run.configuration, []).append(progress_of(run))
     for configuration, seeds in configurations.items():
-        finished = [seed for seed in seeds if seed.state == "done"]
-        mode, env_id = seeds[0].game
-        low, high = RANGES.get(mode, {}).get(env_id, (0, math.nan))
-        normalised = [(seed.test_return - low) / (high - low) for seed in finished]
-        counts = [str(sum(seed.state == state for seed in seeds)) for state in STATES]
-        fraction = f"{100 * statistics.fmean(seed.fraction for seed in seeds):.1f} %"
+        counts, fraction = summary(seeds)
         latest = [mean(seed.train_return for seed in seeds), mean(seed.test_return for seed in seeds)]
+        finished = [seed for seed in seeds if seed.state == "done"]
         final = [mean((getattr(seed, name) for seed in finished), True) for name in ("train_return", "test_return")]
-        table.append([configuration, *counts, fraction, *latest, *final, mean(normalised)])
+        mode, env_id = finished[0].game if finished else (None, None)
+        low, high = RANGES.get(mode, {}).get(env_id, (0, math.nan))
+        normalised = mean((seed.test_return - low) / (high - low) for seed in finished)
+        table.append([configuration, *map(str, counts), fraction, *latest, *final, normalised])
     widths = [max(map(len, column)) for column in zip(*table)]
     for name, *cells in table:
         print(name.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(cells, widths[1:])), sep="  ")
-    seeds = list(itertools.chain(*configurations.values()))
-    counts = ", ".join(f"{sum(seed.state == state for seed in seeds)} {state}" for state in STATES)
-    fraction = statistics.fmean(seed.fraction for seed in seeds)
-    print(f"{len(configurations)} configurations, {len(seeds)} runs: {counts}; {100 * fraction:.1f} % in all")
-    sys.exit(0 if all(seed.state == "done" for seed in seeds) else 3)
+    counts, fraction = summary(list(itertools.chain(*configurations.values())))
+    states = ", ".join(f"{count} {state}" for count, state in zip(counts, STATES))
+    print(f"{len(configurations)} configurations, {len(runs)} runs: {states}; {fraction} in all")
+    return 0 if counts[0] == len(runs) else 3
 
 
 def write_file(path: Path, content: str) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(content)
+        path.write_text(content, "utf-8")
     except OSError as error:
         fail(f"{path} could not be written: {error.strerror}")
 
 
 def ask_max_array_size() -> int:
     """MaxArraySize of the cluster at hand; Slurm's default where there is none."""
-    with_default = "MaxArraySize = 1001"
     try:
         shown = subprocess.run(["scontrol", "show", "config"], capture_output=True, text=True, timeout=60).stdout
     except (OSError, subprocess.TimeoutExpired):
         shown = ""
-    return int(re.search(r"MaxArraySize\s*=\s*(\d+)", shown + with_default)[1])
+    size = int(re.search(r"MaxArraySize\s*=\s*(\d+)", shown + "MaxArraySize = 1001")[1])
+    return size if size > 1 else fail(f"MaxArraySize of this cluster is {size}: it takes no arrays")
 
 
 def split_tasks(num_tasks: int, max_array_size: int, max_parallel: int | None) -> list:
     """(tasks before it, tasks, tasks at a time) of each array. Indices count from 1, and are below max_array_size."""
-    sizes = [min(max_array_size - 1, num_tasks - done) for done in range(0, num_tasks, max_array_size - 1)]
-    if max_parallel is None:
-        shares = [None] * len(sizes)
-    else:
-        shares = [(max_parallel + i) // len(sizes) for i in range(len(sizes))]
-    return list(zip(itertools.accumulate(sizes, initial=0), sizes, shares))
+    size = max_array_size - 1
+    offsets = range(0, num_tasks, size)
+    shares = [max_parallel and (max_parallel + i) // len(offsets) for i in range(len(offsets))]
+    return [(offset, min(size, num_tasks - offset), share) for offset, share in zip(offsets, shares)]
 
 
 def write_sbatch(args: Args, runs: list) -> list:
     """Write slurm/generated/{job_name}/: commands.txt, logs/ and the sbatch files, whose paths are returned."""
-    folder = Path("slurm", "generated", args.job_name)
+    folder, here = Path("slurm", "generated", args.job_name), os.getcwd()
+    if re.search('["\n]', here):
+        fail(f"the current folder {here!r} has a character in its name that sbatch does not take", 2)
     commands = "".join(f"{run.command}\n" for run in runs)
-    if (folder / "commands.txt").exists() and read_file(folder / "commands.txt", "the commands in") != commands:
-        fail(f"{folder} holds other commands, which jobs may still need; choose another --job-name or remove it", 2)
+    if (folder / "commands.txt").exists() and (folder / "commands.txt").read_bytes() != commands.encode():
+        another = f"{args.job_name}_{time.strftime('%m%d_%H%M')}"
+        fail(f"{folder} holds other commands, which jobs may still need; choose another --job-name, as {another}", 2)
     max_array_size = args.max_array_size or ask_max_array_size()
     arrays = split_tasks(math.ceil(len(runs) / args.runs_per_task), max_array_size, args.max_parallel)
     if args.max_parallel is not None and args.max_parallel < len(arrays):
@@ -423,29 +450,34 @@ def write_sbatch(args: Args, runs: list) -> list:
     template = read_file(find(args.template), "--template")
     options = [(name.replace("_", "-"), getattr(args, name)) for name in SBATCH_OPTIONS]
     options = [f'--{name}="{value}"' for name, value in options if value is not None]
-    for option in args.sbatch_arg:
-        name, equals, value = option.removeprefix("--").partition("=")
-        options.append(f'--{name}="{value}"' if equals else f"--{name}")
+    for option in filter(None, args.sbatch_arg):
+        name, equals, value = (option if option.startswith("-") else f"--{option}").partition("=")
+        options.append(f'{name}="{value}"' if equals else name)
     values = {
         "job_name": args.job_name,
         "folder": str(folder),
-        "working_dir": os.getcwd(),
+        "working_dir": here,
         "options": "\n".join(f"#SBATCH {option}" for option in options),
         "setup": "\n".join(args.setup),
         "runs_per_task": args.runs_per_task,
         "max_restarts": args.max_restarts,
     }
+    placeholders = set(re.findall(r"{{\s*(\w+)\s*}}", template))
+    if unknown := placeholders - values.keys() - {"array", "offset"} or {"array"} - placeholders:
+        names = ", ".join((*values, "array", "offset"))
+        fail(
+            f"--template {args.template}: look at {{{{{unknown.pop()}}}}}; there are {names}, and array must be there",
+            2,
+        )
     files = {}
     for i, (offset, num_tasks, parallel) in enumerate(arrays, 1):
         name = "array.sbatch" if len(arrays) == 1 else f"array_{i}.sbatch"
         values.update(array=f"1-{num_tasks}" + (f"%{parallel}" if parallel else ""), offset=offset)
-        for placeholder in set(re.findall(r"{{(\w+)}}", template)) - values.keys():
-            fail(f"--template {args.template} asks for {{{{{placeholder}}}}}; there are {', '.join(values)}", 2)
-        files[folder / name] = re.sub(r"{{(\w+)}}", lambda match: str(values[match[1]]), template)
+        files[folder / name] = re.sub(r"{{\s*(\w+)\s*}}", lambda match: str(values[match[1]]), template)
     for leftover in set(folder.glob("array*.sbatch")) - files.keys():  # of a call that made more files
         leftover.unlink()
     write_file(folder / "commands.txt", commands)
-    (folder / "logs").mkdir(exist_ok=True)
+    write_file(folder / "logs" / ".keep", "")  # sbatch does not make the folder
     for path, content in files.items():
         write_file(path, content)
     submit_all = "".join(f"sbatch {shlex.quote(str(path.absolute()))}\n" for path in files)
@@ -453,26 +485,19 @@ def write_sbatch(args: Args, runs: list) -> list:
     return list(files)
 
 
-def submit(paths: list) -> None:
-    for path in paths:
-        result = subprocess.run(["sbatch", "--parsable", str(path)], capture_output=True, text=True)
-        if result.returncode:
-            fail(f"sbatch {path} failed: {' '.join(result.stderr.split())}")
-        print(f"submitted {path} as job {result.stdout.strip().split(';')[0]}", flush=True)
-
-
-def main():
+def main() -> int:
+    """Returns the exit code."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C without a traceback
     args = tyro.cli(Args, description=__doc__)
     path = Path(args.grid_config)
-    if not path.suffix and not path.is_file():
+    if path.suffix != ".json" and not os.path.isfile(path):
         path = find(f"grids/{args.grid_config}.json")
     if args.job_name is None:
         args.job_name = path.stem
     check_args(args)
     runs = expand(args, path)
     if args.action == "status":
-        print_status(runs)
+        return print_status(runs)
     if args.only_missing:
         runs = [run for run in runs if progress_of(run).state != "done"]
     if args.action == "print":
@@ -487,14 +512,23 @@ def main():
     else:
         paths = write_sbatch(args, runs)
         print(f"{paths[0].parent / 'commands.txt'}: {len(runs)} commands")
-        if args.submit:
-            submit(paths)
-        else:
+        if not args.submit:
             print(f"sbatch {paths[0]}" if len(paths) == 1 else f"sh {paths[0].parent / 'submit_all.sh'}")
+        for path in paths if args.submit else []:
+            result = subprocess.run(["sbatch", "--parsable", path], capture_output=True, text=True)
+            if result.returncode:
+                fail(f"sbatch {path} failed: {' '.join(result.stderr.split())}")
+            print(f"submitted {path} as job {result.stdout.strip().split(';')[0]}", flush=True)
+    return 0
 
 
 if __name__ == "__main__":
     try:
-        main()
+        code = main()
+        sys.stdout.flush()
     except BrokenPipeError:  # the reader, such as head, has had enough
+        code = 1
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        fail(f"{error.filename or 'the output'} could not be used: {error.strerror}")
+    sys.exit(code)

@@ -22,7 +22,7 @@ def run_main(module, arguments, folder):
     sys.argv = [module.__name__ + ".py", *arguments]
     try:
         with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
-            module.main()
+            code = module.main() or 0
     except SystemExit as exit:
         code = exit.code
     finally:

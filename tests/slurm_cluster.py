@@ -6,13 +6,14 @@ until it is stopped: python tests/slurm_cluster.py FOLDER prints the setting of 
 
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "squeue")
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scancel", "scontrol", "sinfo", "squeue", "setpriv")
 CONFIG = """
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
@@ -30,6 +31,7 @@ SelectTypeParameters=CR_Core
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 JobRequeue=1
+MaxArraySize=900
 ReturnToService=2
 SchedulerParameters=sched_interval=1,batch_sched_delay=0
 MinJobAge=3600
@@ -95,7 +97,8 @@ class Cluster:
 
     def stop(self) -> None:
         if len(self.daemons) == 3:
-            self.run("scancel", "--state=RUNNING", "--state=PENDING", check=False)
+            self.run("scancel", "--user=root", check=False)
+            self.wait(lambda: not self.run("squeue", "-h", check=False))
         for daemon in reversed(self.daemons):
             daemon.terminate()
         for daemon in self.daemons:
@@ -113,7 +116,8 @@ class Cluster:
     def wait(self, condition, seconds=60):
         deadline = time.monotonic() + seconds
         while not condition():
-            assert time.monotonic() < deadline, (self.folder / "slurmctld.out").read_text()[-2000:]
+            logs = "\n".join(path.read_text()[-1000:] for path in self.folder.glob("*.out"))
+            assert time.monotonic() < deadline, logs
             time.sleep(0.1)
 
     def jobs(self) -> dict:
@@ -127,9 +131,8 @@ class Cluster:
 
 
 if __name__ == "__main__":
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     cluster = Cluster(Path(sys.argv[1]))
     print(f"export SLURM_CONF={cluster.folder / 'slurm.conf'}", flush=True)
-    try:
-        time.sleep(1e9)
-    except KeyboardInterrupt:
-        cluster.stop()
+    signal.sigwait({signal.SIGINT, signal.SIGTERM})
+    cluster.stop()

@@ -1,0 +1,407 @@
+"""Measures how fast the scripts are on the machine at hand, and how fast they could be. Prints a Markdown table.
+
+    python tests/benchmark.py                               # about a quarter of an hour on two cores
+    python tests/benchmark.py --device cuda --json h200.json
+
+Nothing else should run beside it. Every measurement is a process of its own, as malloc's settings and the peak memory
+belong to a process. What is compared is run alternately, and the medians are compared.
+"""
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+TESTS = Path(__file__).resolve().parent
+PROJECT = TESTS.parent
+
+
+@dataclass
+class Args:
+    device: str = "cpu"  # cpu or cuda
+    env_id: str = "coinrun"  # the game to train on
+    json: str | None = None  # write the figures to this file as well
+
+
+# WHAT THE CHILD PROCESSES DO. Each function leaves its figures in a file.
+
+
+class Phases:
+    """Seconds of a running program by phase. A phase lasts until the next one begins."""
+
+    def __init__(self, device):
+        import torch
+
+        self.synchronize = torch.cuda.synchronize if device == "cuda" else lambda: None
+        self.seconds, self.phase, self.since, self.nested = {}, "other", time.perf_counter(), False
+
+    def begin(self, phase):
+        self.synchronize()
+        now = time.perf_counter()
+        self.seconds[self.phase] = self.seconds.get(self.phase, 0) + now - self.since
+        self.phase, self.since = phase, now
+
+    def wrap(self, phase, after, function):
+        """The function as a phase, followed by the phase after. What is called within belongs to it."""
+
+        def wrapped(*args, **kwargs):
+            if self.nested:
+                return function(*args, **kwargs)
+            self.begin(phase)
+            self.nested = True
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.nested = False
+                self.begin(after)
+
+        return wrapped
+
+
+def split(device, arguments, result):
+    """Train with the script's own main() and note how long each phase of an iteration takes. The first is left out."""
+    import torch
+
+    import ppo_procgen
+
+    phases, first_action, iterations = Phases(device), [], 0
+    act, make_envs, write_file = ppo_procgen.Agent.get_action_and_value, ppo_procgen.make_envs, ppo_procgen.write_file
+    timed_act = phases.wrap("policy", "transfer", act)
+
+    def get_action_and_value(agent, x, action=None):
+        if action is not None:  # this is part of the update
+            return act(agent, x, action)
+        first_action.append(time.time()) if not first_action else None
+        return timed_act(agent, x)
+
+    def make_timed_envs(args):
+        envs = make_envs(args)
+        envs.step = phases.wrap("environment", "transfer", envs.step)
+        return envs
+
+    def write_and_count(path, content):
+        nonlocal iterations
+        write_file(path, content)
+        if path.name == "progress.csv":
+            iterations += 1
+            if iterations == 1:  # memory was touched for the first time
+                phases.seconds.clear()
+
+    ppo_procgen.Agent.get_action_and_value = get_action_and_value
+    ppo_procgen.Agent.get_value = phases.wrap("policy", "update", ppo_procgen.Agent.get_value)
+    ppo_procgen.make_envs = make_timed_envs
+    ppo_procgen.compute_gae = phases.wrap("update", "update", ppo_procgen.compute_gae)
+    ppo_procgen.evaluate = phases.wrap("evaluation", "other", ppo_procgen.evaluate)
+    ppo_procgen.get_env_state = phases.wrap("state", "other", ppo_procgen.get_env_state)
+    ppo_procgen.serialize = phases.wrap("state", "other", ppo_procgen.serialize)
+    ppo_procgen.write_file = phases.wrap("files", "other", write_and_count)
+    ppo_procgen.SummaryWriter.add_scalar = phases.wrap("other", "other", ppo_procgen.SummaryWriter.add_scalar)
+    started = float(os.environ["BENCHMARK_STARTED"])
+    sys.argv = ["ppo_procgen.py", *arguments]
+    ppo_procgen.main()
+    phases.begin("other")
+    figures = {phase: seconds / max(iterations - 1, 1) for phase, seconds in phases.seconds.items()}
+    figures["startup"] = first_action[0] - started
+    figures["gpu_peak"] = torch.cuda.max_memory_allocated() if device == "cuda" else 0
+    Path(result).write_text(json.dumps(figures))
+
+
+def plain(device, env_id, num_steps, num_minibatches, iterations, result):
+    """PPO as one writes it first: float32 frames, channels first, whole minibatches, nothing asked of malloc."""
+    import numpy as np
+    import torch
+
+    import ppo_procgen
+
+    class Agent(ppo_procgen.Agent):
+        def forward(self, x):
+            hidden = self.network(x / 255.0)
+            return self.actor(hidden), self.critic(hidden).squeeze(-1)
+
+    args = ppo_procgen.Args(env_id=env_id, num_steps=num_steps)
+    envs = ppo_procgen.make_envs(args)
+    agent = Agent(args.hidden_size).to(device).to(memory_format=torch.contiguous_format)
+    optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=args.adam_eps)
+
+    def to_tensor(frames):
+        return torch.tensor(np.ascontiguousarray(frames.transpose(0, 3, 1, 2)), dtype=torch.float32, device=device)
+
+    shape = (num_steps, args.num_envs)
+    obs = torch.zeros((*shape, 3, 64, 64), device=device)
+    actions = torch.zeros(shape, dtype=torch.int64, device=device)
+    logprobs, rewards, values, dones = (torch.zeros(shape, device=device) for _ in range(4))
+    next_obs, next_done = to_tensor(envs.reset()[0]), torch.zeros(args.num_envs, device=device)
+    seconds = []
+    for _ in range(iterations):
+        start = time.perf_counter()
+        for step in range(num_steps):
+            obs[step], dones[step] = next_obs, next_done
+            with torch.no_grad():
+                actions[step], logprobs[step], _, values[step] = agent.get_action_and_value(next_obs)
+            frames, reward, terminated, _, _ = envs.step(actions[step].cpu().numpy())
+            rewards[step] = torch.tensor(reward, device=device)
+            next_obs, next_done = to_tensor(frames), torch.tensor(terminated, dtype=torch.float32, device=device)
+        with torch.no_grad():
+            next_value = agent.get_value(next_obs)
+        gae = ppo_procgen.compute_gae(rewards, values, dones, next_value, next_done, args.gamma, args.gae_lambda)
+        advantages, returns = (x.flatten() for x in gae)
+        batch_size = num_steps * args.num_envs
+        for _ in range(args.update_epochs):
+            for minibatch in torch.randperm(batch_size).to(device).split(batch_size // num_minibatches):
+                chosen = advantages[minibatch]
+                chosen = (chosen - chosen.mean()) / (chosen.std() + 1e-8)
+                batch = (x.flatten(0, 1)[minibatch] for x in (obs, actions, logprobs))
+                loss, parts = ppo_procgen.ppo_loss(
+                    agent, *batch, returns[minibatch], values.flatten()[minibatch], chosen, args
+                )
+                optimizer.zero_grad()
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
+                optimizer.step()
+                parts.tolist()
+        seconds.append(time.perf_counter() - start)
+    Path(result).write_text(json.dumps({"seconds": seconds[1:]}))
+
+
+def limits(device, env_id, result):
+    """The games alone, the arithmetic of the network per frame, and the rate of large matrix products."""
+    import numpy as np
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    import ppo_procgen
+
+    args = ppo_procgen.Args(env_id=env_id)
+    envs = ppo_procgen.make_envs(args).unwrapped
+    envs.reset()
+    actions = np.random.default_rng(0).integers(15, size=(1000, args.num_envs))
+    start, steps = time.perf_counter(), 0
+    while time.perf_counter() - start < 5:
+        envs.step(actions[steps % 1000])
+        steps += 1
+    figures = {"environment": steps * args.num_envs / (time.perf_counter() - start)}
+
+    agent = ppo_procgen.Agent(args.hidden_size).to(device)
+    frames = torch.zeros((64, 64, 64, 3), dtype=torch.uint8, device=device)
+    with FlopCounterMode(display=False) as counter:
+        logits, values = agent(frames)
+    figures["forward_flops"] = counter.get_total_flops() / len(frames)
+    with FlopCounterMode(display=False) as counter:
+        logits, values = agent(frames)
+        (logits.sum() + values.sum()).backward()
+    figures["update_flops"] = counter.get_total_flops() / len(frames)
+
+    def matrix_rate(dtype, size):
+        a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+        best = 0.0
+        for _ in range(20):
+            start = time.perf_counter()
+            a @ b
+            if device == "cuda":
+                torch.cuda.synchronize()
+            best = max(best, 2 * size**3 / (time.perf_counter() - start))
+        return best
+
+    size = 8192 if device == "cuda" else 2048
+    torch.set_float32_matmul_precision("highest")
+    figures["float32"] = matrix_rate(torch.float32, size)
+    if device == "cuda":
+        torch.set_float32_matmul_precision("high")
+        figures["TF32"] = matrix_rate(torch.float32, size)
+        figures["bf16"] = matrix_rate(torch.bfloat16, size)
+    Path(result).write_text(json.dumps(figures))
+
+
+# WHAT THE PARENT DOES
+
+
+def run(command, folder, threads=None):
+    """Run a process. Returns its seconds, its peak memory in bytes and what it printed."""
+    environment = {**os.environ, "BENCHMARK_STARTED": str(time.time())}
+    if threads:
+        environment["OMP_NUM_THREADS"] = str(threads)
+    start = time.perf_counter()
+    with tempfile.TemporaryFile("w+") as output:
+        process = subprocess.Popen(command, cwd=folder, env=environment, stdout=output, stderr=subprocess.STDOUT)
+        _, status, usage = os.wait4(process.pid, 0)
+        seconds = time.perf_counter() - start
+        output.seek(0)
+        printed = output.read()
+    if status:
+        sys.exit(f"{' '.join(map(str, command))} failed:\n{printed}")
+    unit = 1 if platform.system() == "Darwin" else 1024
+    return seconds, usage.ru_maxrss * unit, printed
+
+
+def run_child(folder, function, *arguments, threads=None):
+    """Run one of the functions above in a process of its own. Returns its figures and its peak memory in bytes."""
+    code = f"import sys; sys.path[:0] = {[str(TESTS), str(PROJECT)]}; import ppo_procgen, benchmark; benchmark."
+    code += f"{function}(*{[*arguments, 'figures.json']!r})"
+    _, peak, _ = run([sys.executable, "-c", code], folder, threads)
+    return json.loads((folder / "figures.json").read_text()), peak
+
+
+def main():
+    import tyro
+
+    args = tyro.cli(Args, description=__doc__)
+    on_gpu = args.device == "cuda"
+    flags = ["--env-id", args.env_id, "--cuda" if on_gpu else "--no-cuda"]
+    script, collector = PROJECT / "ppo_procgen.py", PROJECT / "collect_procgen.py"
+    temporary = tempfile.TemporaryDirectory()
+    root, began = Path(temporary.name), time.perf_counter()
+    table, figures = [], {}
+
+    def say(what):
+        print(f"{time.perf_counter() - began:5.0f} s  {what}", file=sys.stderr, flush=True)
+
+    def row(name, value, text):
+        figures[name] = value
+        table.append(f"| {name} | {text} |")
+
+    def new_folder():
+        return Path(tempfile.mkdtemp(dir=root))
+
+    def train(num_envs=64, threads=None):
+        """Steps per second of an iteration of the script, of a length that keeps minibatches of 2048."""
+        batch_size = num_envs * 256 if on_gpu else 2048
+        sizes = ["--num-envs", num_envs, "--num-steps", batch_size // num_envs, "--num-minibatches", batch_size // 2048]
+        options = [*flags, *sizes, "--total-timesteps", 4 * batch_size, "--num-eval-episodes", 1]
+        folder = new_folder()
+        run([sys.executable, script, *map(str, options)], folder, threads)
+        (path,) = folder.glob("models/*/*/progress.csv")
+        lines = [line.split(",") for line in path.read_text().splitlines()]
+        speed = lines[0].index("charts/SPS")
+        ends = [int(line[1]) / float(line[speed]) for line in lines[1:]]  # seconds since the start
+        # The first iteration touches memory for the first time; the last one ends with an evaluation.
+        return batch_size / statistics.median([ends[1] - ends[0], ends[2] - ends[1]])
+
+    say("limits of the machine")
+    limit, _ = run_child(root, "limits", args.device, args.env_id)
+    _, baseline, _ = run([sys.executable, "-c", "import torch"], root)
+
+    say("training with the defaults")
+    folder, iterations, batch_size = new_folder(), 12 if on_gpu else 3, 16384
+    options = [*flags, "--log-interval", "1", "--total-timesteps", str(iterations * batch_size)]
+    phase, peak = run_child(folder, "split", args.device, options)
+    every = {"evaluation": 50, "files": 10}  # iterations, by default; the rolling checkpoint is nearly all of the files
+    measured = {**phase, "evaluation": phase["evaluation"] * (iterations - 1)}  # there was one, at the end
+    names = ("environment", "policy", "transfer", "update", "state", "files", "evaluation", "other")
+    costs = {name: measured.get(name, 0) / every.get(name, 1) for name in names}
+    speed = batch_size / sum(costs.values())
+
+    say("resuming it")
+    options[-1] = str((iterations + 2) * batch_size) if on_gpu else str((iterations + 1) * batch_size)
+    resumed, _ = run_child(folder, "split", args.device, [*options, "--resume"])
+
+    own, other = [], []
+    num_steps, num_minibatches = (256, 8) if on_gpu else (32, 1)
+    for i in range(3):
+        say(f"the script and the plain loop in turn, {i + 1} of 3")
+        own.append(train())
+        shape = (num_steps, num_minibatches, 6 if on_gpu else 3)
+        result, _ = run_child(root, "plain", args.device, args.env_id, *shape)
+        other.append(num_steps * 64 / statistics.median(result["seconds"]))
+
+    say("numbers of games")
+    by_games = {num_envs: train(num_envs) for num_envs in (16, 256)} | {64: statistics.median(own)}
+    cores = os.cpu_count()
+    by_threads = {}
+    for threads in [2**i for i in range(10) if 2**i < cores]:
+        say(f"threads: {threads}")
+        by_threads[threads] = train(threads=threads)
+    by_threads[cores] = statistics.median(own)
+
+    say("collecting")
+    (checkpoint,) = folder.glob("models/*/*/final/*.pt")
+    steps = "200000" if on_gpu else "20000"
+    collect = [sys.executable, collector, "--checkpoint", checkpoint, flags[-1], "--total-timesteps", steps]
+    *_, evaluated = run([*collect, "--no-save-dataset"], folder)
+    _, collect_peak, saved = run([*collect, "--dataset-saving-dir", "dataset"], folder)
+    collected = {
+        name: float(text.split(" steps/s")[0].split()[-1]) for name, text in (("", evaluated), ("saved", saved))
+    }
+    metadata = json.loads((folder / "dataset" / "metadata.json").read_text())
+    size = sum(path.stat().st_size for path in folder.glob("dataset/*.npz")) / metadata["steps"]
+    say("verifying")
+    verify_seconds, _, _ = run([sys.executable, collector, "--verify", "dataset"], folder)
+
+    say("sweep")
+    values = [i / 1e5 for i in range(1, 101)]
+    grid = {"script": "ppo_procgen.py", "grid": {"learning_rate": values, "gamma": values}}
+    (root / "big.json").write_text(json.dumps(grid))
+    sweep = [
+        sys.executable,
+        PROJECT / "sweep.py",
+        "--grid-config",
+        "big.json",
+        "--num-trials",
+        "10",
+        "--action",
+        "save",
+    ]
+    sweep_seconds = statistics.median(run(sweep, root)[0] for _ in range(3))
+
+    rate = limit["TF32" if on_gpu else "float32"]
+    epochs = 3
+    update_floor = epochs * limit["update_flops"] / rate
+    network_floor = update_floor + limit["forward_flops"] / rate
+    floor = network_floor + (0 if on_gpu else 1 / limit["environment"])  # they share the cores of a CPU
+    if on_gpu:
+        floor = max(floor, 1 / limit["environment"])
+    per_second = f"{speed:,.0f} steps/s"
+    row("training, all defaults", speed, per_second)
+    for name, seconds in costs.items():
+        label = {"state": "state kept in memory", "files": "files"}.get(name, name)
+        row(f"- {label}", seconds / sum(costs.values()), f"{100 * seconds / sum(costs.values()):.1f} %")
+    row("the games alone", limit["environment"], f"{limit['environment']:,.0f} steps/s")
+    for name in ("float32", "TF32", "bf16"):
+        if name in limit:
+            row(f"matrix product, {name}", limit[name], f"{limit[name] / 1e9:,.0f} GFLOP/s")
+    flops = limit["forward_flops"] + epochs * limit["update_flops"]
+    row("arithmetic of a training step", flops, f"{flops / 1e6:.0f} MFLOP")
+    row("training, limit by games and matrix rate", 1 / floor, f"{1 / floor:,.0f} steps/s")
+    row("- share that is reached", speed * floor, f"{100 * speed * floor:.0f} %")
+    update_speed = batch_size / costs["update"]
+    row("- share of the update alone", update_speed * update_floor, f"{100 * update_speed * update_floor:.0f} %")
+    row("plain loop", statistics.median(other), f"{statistics.median(other):,.0f} steps/s")
+    ratio = statistics.median(own) / statistics.median(other)
+    row("the script in turn with it", statistics.median(own), f"{statistics.median(own):,.0f} steps/s, {ratio:.2f} x")
+    for num_envs, value in sorted(by_games.items()):
+        row(f"training with {num_envs} games", value, f"{value:,.0f} steps/s")
+    for threads, value in by_threads.items():
+        row(f"training with {threads} threads", value, f"{value:,.0f} steps/s")
+    row("memory of training", peak, f"{peak / 1e9:.2f} GB, {(peak - baseline) / 1e9:.2f} above importing PyTorch")
+    if on_gpu:
+        row("GPU memory of training", phase["gpu_peak"], f"{phase['gpu_peak'] / 1e9:.2f} GB")
+    row("start of training", phase["startup"], f"{phase['startup']:.1f} s")
+    row("start of a resumed training", resumed["startup"], f"{resumed['startup']:.1f} s")
+    state_cost = measured["state"] + measured["files"]
+    row("a rolling checkpoint", state_cost, f"{state_cost:.2f} s")
+    row("an evaluation of 10 episodes", measured["evaluation"], f"{measured['evaluation']:.1f} s")
+    row("collecting", collected["saved"], f"{collected['saved']:,.0f} steps/s, {size:,.0f} bytes a step")
+    row("- without saving", collected[""], f"{collected['']:,.0f} steps/s")
+    row("memory of collecting", collect_peak, f"{collect_peak / 1e9:.2f} GB")
+    verify_speed = metadata["steps"] / verify_seconds
+    row("verifying", verify_speed, f"{verify_speed:,.0f} steps/s")
+    row("100,000 commands of a sweep", sweep_seconds, f"{sweep_seconds:.1f} s")
+    say("done")
+
+    import torch
+
+    name = torch.cuda.get_device_name() if on_gpu else platform.processor() or platform.machine()
+    print(f"\n{args.env_id}, {name}, {cores} cores, PyTorch {torch.__version__}, Python {platform.python_version()}\n")
+    print("| what | measured |\n|---|---|", *table, sep="\n")
+    if args.json:
+        Path(args.json).write_text(json.dumps(figures, indent=2))
+    temporary.cleanup()
+
+
+if __name__ == "__main__":
+    main()
