@@ -239,7 +239,7 @@ def xpid_pattern(script: Path, arguments: dict, grid: dict, swept: list) -> str:
     if "xpid" in grid:
         parts = {"xpid": ""}
     parts |= {name: f"-{name}" for name in swept if name not in (*parts, "seed")}
-    return "".join(f"{part}{{{name}}}" for name, part in parts.items() if name in arguments) + "_{seed}"
+    return "".join(f"{part}{{{name}}}" for name, part in parts.items() if name in arguments)
 
 
 def expand(args: Args, path: Path) -> list:
@@ -269,23 +269,27 @@ def expand(args: Args, path: Path) -> list:
         flags = [flag(name, value, annotation) if name != "xpid" else "" for value in values]
         axes.append(list(zip(flags, effective)))
 
+    seeds = axes.pop()
     start = f"{shlex.quote(args.python)} {shlex.quote(str(script))}"
     label = " ".join(f"{name}={{{name}}}" for name in swept if name != "seed")
     pattern = xpid_pattern(script, arguments, grid, swept) if "xpid" in arguments else None
     defaults = {name: default for name, (_, default) in arguments.items()}
     runs, folders = [], set()
     for combination in itertools.product(*axes):
-        flags, values = zip(*combination)
-        words = [start, *filter(None, flags)]
-        settings = defaults | dict(zip(grid, values))
+        words = [start, *(flags for flags, _ in combination if flags)]
+        settings = defaults | {name: value for name, (_, value) in zip(grid, combination)}
         configuration = label.format_map(settings).replace("\n", " ") or path.stem
-        if pattern:
-            settings["xpid"] = quote(pattern.format_map(settings), safe="+")
-            words.append(flag("xpid", settings["xpid"], "str"))
-            folders.add((settings.get("env_id"), settings["xpid"]))
-        elif settings.get("save_dataset"):
-            folders.add(tuple(map(settings.get, DATASET_ARGUMENTS)))
-        runs.append(Run(" ".join(words), configuration, settings))
+        xpid = quote(pattern.format_map(settings), safe="+") if pattern else None
+        for seed_flag, seed in seeds:
+            settings = {**settings, "seed": seed}
+            command = [*words, seed_flag] if seed_flag else list(words)
+            if pattern:
+                settings["xpid"] = f"{xpid}_{seed}"
+                command.append(flag("xpid", settings["xpid"], "str"))
+                folders.add((settings.get("env_id"), settings["xpid"]))
+            elif settings.get("save_dataset"):
+                folders.add(tuple(map(settings.get, DATASET_ARGUMENTS)))
+            runs.append(Run(" ".join(command), configuration, settings))
     if folders and len(folders) < len(runs):
         names = "xpid" if pattern else f"dataset, as that depends on {', '.join(DATASET_ARGUMENTS)} only"
         fail(f"{path}: two commands would share a folder, as they have the same {names}", 2)

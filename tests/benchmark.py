@@ -1,6 +1,6 @@
 """Measures how fast the scripts are on the machine at hand, and how fast they could be. Prints a Markdown table.
 
-    python tests/benchmark.py                               # about a quarter of an hour on two cores
+    python tests/benchmark.py                               # 17 minutes on two cores
     python tests/benchmark.py --device cuda --json h200.json
 
 Nothing else should run beside it. Every measurement is a process of its own, as malloc's settings and the peak memory
@@ -10,6 +10,7 @@ belong to a process. What is compared is run alternately, and the medians are co
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -374,9 +375,9 @@ def main():
     ratio = statistics.median(own) / statistics.median(other)
     row("the script in turn with it", statistics.median(own), f"{statistics.median(own):,.0f} steps/s, {ratio:.2f} x")
     for num_envs, value in sorted(by_games.items()):
-        row(f"training with {num_envs} games", value, f"{value:,.0f} steps/s")
+        row(f"training, games: {num_envs}", value, f"{value:,.0f} steps/s")
     for threads, value in by_threads.items():
-        row(f"training with {threads} threads", value, f"{value:,.0f} steps/s")
+        row(f"training, threads: {threads}", value, f"{value:,.0f} steps/s")
     row("memory of training", peak, f"{peak / 1e9:.2f} GB, {(peak - baseline) / 1e9:.2f} above importing PyTorch")
     if on_gpu:
         row("GPU memory of training", phase["gpu_peak"], f"{phase['gpu_peak'] / 1e9:.2f} GB")
@@ -395,7 +396,8 @@ def main():
 
     import torch
 
-    name = torch.cuda.get_device_name() if on_gpu else platform.processor() or platform.machine()
+    cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) if sys.platform == "linux" else None
+    name = torch.cuda.get_device_name() if on_gpu else cpu[1] if cpu else platform.machine()
     print(f"\n{args.env_id}, {name}, {cores} cores, PyTorch {torch.__version__}, Python {platform.python_version()}\n")
     print("| what | measured |\n|---|---|", *table, sep="\n")
     if args.json:

@@ -720,3 +720,15 @@ def test_a_full_disk_is_one_line_and_no_partial_file(tmp_path):
     assert process.returncode == 1
     assert_one_line(process.stderr, "rolling/model.pt could not be written")
     assert not list(run_dir(tmp_path).rglob("*.pt*"))
+
+
+def test_the_readmes_curve_is_that_of_the_reference_run():
+    """Every number of the table in the README stands in the progress.csv of the run."""
+    (path,) = (ROOT / "tests" / "reference_runs").glob("coinrun-*.csv")
+    run = {int(row["global_step"]): row for row in csv.DictReader(open(path))}
+    table = re.findall(r"^\| ([\d,]+) \| ([\d.]+) \| ([\d.]+) \|$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert len(table) == sum(row["charts/test_return"] != "nan" for row in run.values())
+    for step, train_return, test_return in table:
+        row = run[int(step.replace(",", ""))]
+        assert train_return == f"{float(row['charts/episodic_return']):.2f}"
+        assert test_return == f"{float(row['charts/test_return']):.2f}"
