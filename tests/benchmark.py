@@ -18,6 +18,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 TESTS = Path(__file__).resolve().parent
 PROJECT = TESTS.parent
@@ -25,7 +26,7 @@ PROJECT = TESTS.parent
 
 @dataclass
 class Args:
-    device: str = "cpu"  # cpu or cuda
+    device: Literal["cpu", "cuda"] = "cpu"  # where the networks are
     env_id: str = "coinrun"  # the game to train on
     json: str | None = None  # write the figures to this file as well
 
@@ -66,19 +67,26 @@ class Phases:
 
 
 def split(device, arguments, result):
-    """Train with the script's own main() and note how long each phase of an iteration takes. The first is left out."""
+    """Train with the script's own main() and note how long each phase of an iteration takes. The first is left out.
+
+    Arguments must have --log-interval 1: the rolling checkpoints count the iterations. With --resume only the start is
+    measured.
+    """
     import torch
 
     import ppo_procgen
 
-    phases, first_action, iterations = Phases(device), [], 0
+    phases, figures, iterations = Phases(device), {}, -1  # the first rolling checkpoint comes before the training
     act, make_envs, write_file = ppo_procgen.Agent.get_action_and_value, ppo_procgen.make_envs, ppo_procgen.write_file
     timed_act = phases.wrap("policy", "transfer", act)
 
     def get_action_and_value(agent, x, action=None):
         if action is not None:  # this is part of the update
             return act(agent, x, action)
-        first_action.append(time.time()) if not first_action else None
+        figures.setdefault("startup", time.time() - float(os.environ["BENCHMARK_STARTED"]))
+        if "--resume" in arguments:
+            Path(result).write_text(json.dumps(figures))
+            os._exit(0)
         return timed_act(agent, x)
 
     def make_timed_envs(args):
@@ -89,32 +97,35 @@ def split(device, arguments, result):
     def write_and_count(path, content):
         nonlocal iterations
         write_file(path, content)
-        if path.name == "progress.csv":
+        if path.name == "model.pt":
             iterations += 1
-            if iterations == 1:  # memory was touched for the first time
+            if iterations == 1:  # it has touched memory for the first time
                 phases.seconds.clear()
+                phases.since = time.perf_counter()
 
     ppo_procgen.Agent.get_action_and_value = get_action_and_value
     ppo_procgen.Agent.get_value = phases.wrap("policy", "update", ppo_procgen.Agent.get_value)
     ppo_procgen.make_envs = make_timed_envs
     ppo_procgen.compute_gae = phases.wrap("update", "update", ppo_procgen.compute_gae)
     ppo_procgen.evaluate = phases.wrap("evaluation", "other", ppo_procgen.evaluate)
-    ppo_procgen.get_env_state = phases.wrap("state", "other", ppo_procgen.get_env_state)
-    ppo_procgen.serialize = phases.wrap("state", "other", ppo_procgen.serialize)
+    ppo_procgen.write_evaluated = phases.wrap("evaluation", "other", ppo_procgen.write_evaluated)
+    ppo_procgen.get_env_state = phases.wrap("state kept in memory", "other", ppo_procgen.get_env_state)
+    ppo_procgen.serialize = phases.wrap("state kept in memory", "other", ppo_procgen.serialize)
     ppo_procgen.write_file = phases.wrap("files", "other", write_and_count)
     ppo_procgen.SummaryWriter.add_scalar = phases.wrap("other", "other", ppo_procgen.SummaryWriter.add_scalar)
-    started = float(os.environ["BENCHMARK_STARTED"])
     sys.argv = ["ppo_procgen.py", *arguments]
     ppo_procgen.main()
     phases.begin("other")
-    figures = {phase: seconds / max(iterations - 1, 1) for phase, seconds in phases.seconds.items()}
-    figures["startup"] = first_action[0] - started
+    figures |= {phase: seconds / (iterations - 1) for phase, seconds in phases.seconds.items()}
     figures["gpu_peak"] = torch.cuda.max_memory_allocated() if device == "cuda" else 0
     Path(result).write_text(json.dumps(figures))
 
 
 def plain(device, env_id, num_steps, num_minibatches, iterations, result):
-    """PPO as one writes it first: float32 frames, channels first, whole minibatches, nothing asked of malloc."""
+    """PPO as one writes it first: float32 frames, channels first, whole minibatches, nothing asked of malloc.
+
+    Network, loss and games are the script's.
+    """
     import numpy as np
     import torch
 
@@ -125,6 +136,7 @@ def plain(device, env_id, num_steps, num_minibatches, iterations, result):
             hidden = self.network(x / 255.0)
             return self.actor(hidden), self.critic(hidden).squeeze(-1)
 
+    torch.backends.cudnn.deterministic = True  # as in the script
     args = ppo_procgen.Args(env_id=env_id, num_steps=num_steps)
     envs = ppo_procgen.make_envs(args)
     agent = Agent(args.hidden_size).to(device).to(memory_format=torch.contiguous_format)
@@ -186,7 +198,12 @@ def limits(device, env_id, result):
     while time.perf_counter() - start < 5:
         envs.step(actions[steps % 1000])
         steps += 1
-    figures = {"environment": steps * args.num_envs / (time.perf_counter() - start)}
+    figures = {"epochs": args.update_epochs, "batch_size": args.num_envs * args.num_steps}
+    figures |= {"archive_interval": args.archive_interval, "log_interval": args.log_interval}
+    figures |= {
+        "threads": torch.get_num_threads(),
+        "environment": steps * args.num_envs / (time.perf_counter() - start),
+    }
 
     agent = ppo_procgen.Agent(args.hidden_size).to(device)
     frames = torch.zeros((64, 64, 64, 3), dtype=torch.uint8, device=device)
@@ -253,6 +270,8 @@ def main():
 
     args = tyro.cli(Args, description=__doc__)
     on_gpu = args.device == "cuda"
+    if on_gpu and run([sys.executable, "-c", "import torch; print(torch.cuda.is_available())"], ".")[2] != "True\n":
+        sys.exit("--device is cuda, but PyTorch finds no GPU here")
     flags = ["--env-id", args.env_id, "--cuda" if on_gpu else "--no-cuda"]
     script, collector = PROJECT / "ppo_procgen.py", PROJECT / "collect_procgen.py"
     temporary = tempfile.TemporaryDirectory()
@@ -273,7 +292,8 @@ def main():
         """Steps per second of an iteration of the script, of a length that keeps minibatches of 2048."""
         batch_size = num_envs * 256 if on_gpu else 2048
         sizes = ["--num-envs", num_envs, "--num-steps", batch_size // num_envs, "--num-minibatches", batch_size // 2048]
-        options = [*flags, *sizes, "--total-timesteps", 4 * batch_size, "--num-eval-episodes", 1]
+        iterations = 12 if on_gpu else 4
+        options = [*flags, *sizes, "--total-timesteps", iterations * batch_size, "--num-eval-episodes", 1]
         folder = new_folder()
         run([sys.executable, script, *map(str, options)], folder, threads)
         (path,) = folder.glob("models/*/*/progress.csv")
@@ -281,24 +301,23 @@ def main():
         speed = lines[0].index("charts/SPS")
         ends = [int(line[1]) / float(line[speed]) for line in lines[1:]]  # seconds since the start
         # The first iteration touches memory for the first time; the last one ends with an evaluation.
-        return batch_size / statistics.median([ends[1] - ends[0], ends[2] - ends[1]])
+        return batch_size * (len(ends) - 2) / (ends[-2] - ends[0])
 
     say("limits of the machine")
     limit, _ = run_child(root, "limits", args.device, args.env_id)
     _, baseline, _ = run([sys.executable, "-c", "import torch"], root)
 
     say("training with the defaults")
-    folder, iterations, batch_size = new_folder(), 12 if on_gpu else 3, 16384
+    folder, iterations, batch_size = new_folder(), 12 if on_gpu else 3, limit["batch_size"]
     options = [*flags, "--log-interval", "1", "--total-timesteps", str(iterations * batch_size)]
     phase, peak = run_child(folder, "split", args.device, options)
-    every = {"evaluation": 50, "files": 10}  # iterations, by default; the rolling checkpoint is nearly all of the files
+    every = {"evaluation": limit["archive_interval"], "files": limit["log_interval"]}  # iterations
     measured = {**phase, "evaluation": phase["evaluation"] * (iterations - 1)}  # there was one, at the end
-    names = ("environment", "policy", "transfer", "update", "state", "files", "evaluation", "other")
+    names = ("environment", "policy", "transfer", "update", "state kept in memory", "files", "evaluation", "other")
     costs = {name: measured.get(name, 0) / every.get(name, 1) for name in names}
-    speed = batch_size / sum(costs.values())
 
     say("resuming it")
-    options[-1] = str((iterations + 2) * batch_size) if on_gpu else str((iterations + 1) * batch_size)
+    options[-1] = str((iterations + 1) * batch_size)
     resumed, _ = run_child(folder, "split", args.device, [*options, "--resume"])
 
     own, other = [], []
@@ -312,7 +331,7 @@ def main():
 
     say("numbers of games")
     by_games = {num_envs: train(num_envs) for num_envs in (16, 256)} | {64: statistics.median(own)}
-    cores = os.cpu_count()
+    cores = limit["threads"]
     by_threads = {}
     for threads in [2**i for i in range(10) if 2**i < cores]:
         say(f"threads: {threads}")
@@ -321,13 +340,11 @@ def main():
 
     say("collecting")
     (checkpoint,) = folder.glob("models/*/*/final/*.pt")
-    steps = "200000" if on_gpu else "20000"
+    steps = "500000" if on_gpu else "50000"
     collect = [sys.executable, collector, "--checkpoint", checkpoint, flags[-1], "--total-timesteps", steps]
     *_, evaluated = run([*collect, "--no-save-dataset"], folder)
     _, collect_peak, saved = run([*collect, "--dataset-saving-dir", "dataset"], folder)
-    collected = {
-        name: float(text.split(" steps/s")[0].split()[-1]) for name, text in (("", evaluated), ("saved", saved))
-    }
+    evaluating, collecting = (float(re.findall(r"(\d+) steps/s", text)[-1]) for text in (evaluated, saved))
     metadata = json.loads((folder / "dataset" / "metadata.json").read_text())
     size = sum(path.stat().st_size for path in folder.glob("dataset/*.npz")) / metadata["steps"]
     say("verifying")
@@ -350,30 +367,35 @@ def main():
     sweep_seconds = statistics.median(run(sweep, root)[0] for _ in range(3))
 
     rate = limit["TF32" if on_gpu else "float32"]
-    epochs = 3
-    update_floor = epochs * limit["update_flops"] / rate
-    network_floor = update_floor + limit["forward_flops"] / rate
-    floor = network_floor + (0 if on_gpu else 1 / limit["environment"])  # they share the cores of a CPU
-    if on_gpu:
-        floor = max(floor, 1 / limit["environment"])
-    per_second = f"{speed:,.0f} steps/s"
-    row("training, all defaults", speed, per_second)
+    update_floor = limit["epochs"] * limit["update_flops"] / rate
+    games_floor, network_floor = 1 / limit["environment"], update_floor + limit["forward_flops"] / rate
+    floor = max(games_floor, network_floor) if on_gpu else games_floor + network_floor  # a CPU has to do both
+    iteration = sum(costs.values())
+    if on_gpu:  # the phases were told apart by waiting for the device at each of their ends
+        iteration = batch_size / statistics.median(own) + costs["evaluation"] + costs["files"]
+    speed = batch_size / iteration
+    row("training, all defaults", speed, f"{speed:,.0f} steps/s")
     for name, seconds in costs.items():
-        label = {"state": "state kept in memory", "files": "files"}.get(name, name)
-        row(f"- {label}", seconds / sum(costs.values()), f"{100 * seconds / sum(costs.values()):.1f} %")
+        row(f"- {name}", seconds / sum(costs.values()), f"{100 * seconds / sum(costs.values()):.1f} %")
     row("the games alone", limit["environment"], f"{limit['environment']:,.0f} steps/s")
     for name in ("float32", "TF32", "bf16"):
         if name in limit:
             row(f"matrix product, {name}", limit[name], f"{limit[name] / 1e9:,.0f} GFLOP/s")
-    flops = limit["forward_flops"] + epochs * limit["update_flops"]
+    flops = limit["forward_flops"] + limit["epochs"] * limit["update_flops"]
     row("arithmetic of a training step", flops, f"{flops / 1e6:.0f} MFLOP")
     row("training, limit by games and matrix rate", 1 / floor, f"{1 / floor:,.0f} steps/s")
     row("- share that is reached", speed * floor, f"{100 * speed * floor:.0f} %")
     update_speed = batch_size / costs["update"]
     row("- share of the update alone", update_speed * update_floor, f"{100 * update_speed * update_floor:.0f} %")
-    row("plain loop", statistics.median(other), f"{statistics.median(other):,.0f} steps/s")
+    length = f"{num_steps} steps a rollout"
+    row(f"plain loop, {length}", statistics.median(other), f"{statistics.median(other):,.0f} steps/s")
     ratio = statistics.median(own) / statistics.median(other)
-    row("the script in turn with it", statistics.median(own), f"{statistics.median(own):,.0f} steps/s, {ratio:.2f} x")
+    row(
+        f"the script in turn with it, {length}",
+        statistics.median(own),
+        f"{statistics.median(own):,.0f} steps/s, {ratio:.2f} x",
+    )
+    figures["ratio"] = ratio
     for num_envs, value in sorted(by_games.items()):
         row(f"training, games: {num_envs}", value, f"{value:,.0f} steps/s")
     for threads, value in by_threads.items():
@@ -383,14 +405,15 @@ def main():
         row("GPU memory of training", phase["gpu_peak"], f"{phase['gpu_peak'] / 1e9:.2f} GB")
     row("start of training", phase["startup"], f"{phase['startup']:.1f} s")
     row("start of a resumed training", resumed["startup"], f"{resumed['startup']:.1f} s")
-    state_cost = measured["state"] + measured["files"]
+    state_cost = measured["state kept in memory"] + measured["files"]
     row("a rolling checkpoint", state_cost, f"{state_cost:.2f} s")
-    row("an evaluation of 10 episodes", measured["evaluation"], f"{measured['evaluation']:.1f} s")
-    row("collecting", collected["saved"], f"{collected['saved']:,.0f} steps/s, {size:,.0f} bytes a step")
-    row("- without saving", collected[""], f"{collected['']:,.0f} steps/s")
+    row("an evaluation of 10 episodes, and its checkpoint", measured["evaluation"], f"{measured['evaluation']:.1f} s")
+    row("collecting", collecting, f"{collecting:,.0f} steps/s, {size:,.0f} bytes a step")
+    row("- share of the games alone", collecting * games_floor, f"{100 * collecting * games_floor:.0f} %")
+    row("- without saving", evaluating, f"{evaluating:,.0f} steps/s")
     row("memory of collecting", collect_peak, f"{collect_peak / 1e9:.2f} GB")
     verify_speed = metadata["steps"] / verify_seconds
-    row("verifying", verify_speed, f"{verify_speed:,.0f} steps/s")
+    row("verifying, start included", verify_speed, f"{verify_speed:,.0f} steps/s")
     row("100,000 commands of a sweep", sweep_seconds, f"{sweep_seconds:.1f} s")
     say("done")
 
@@ -398,7 +421,9 @@ def main():
 
     cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()) if sys.platform == "linux" else None
     name = torch.cuda.get_device_name() if on_gpu else cpu[1] if cpu else platform.machine()
-    print(f"\n{args.env_id}, {name}, {cores} cores, PyTorch {torch.__version__}, Python {platform.python_version()}\n")
+    versions = f"PyTorch {torch.__version__}, Python {platform.python_version()}"
+    figures["machine"] = f"{args.env_id}, {name}, {cores} threads, {versions}"
+    print(f"\n{figures['machine']}\n")
     print("| what | measured |\n|---|---|", *table, sep="\n")
     if args.json:
         Path(args.json).write_text(json.dumps(figures, indent=2))
