@@ -626,20 +626,34 @@ def submit(folder, grid, *options):
     return re.findall(r"as job (\d+)", result.stdout)
 
 
+FINAL = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"}
+
+
 def ended(cluster, job):
     """Wait until a job's tasks have ended. Returns their states and exit codes by task index."""
 
     def tasks():
         return [task for task in cluster.jobs().values() if task["ArrayJobId"] == job]
 
-    cluster.wait(lambda: not {"PENDING", "RUNNING", "COMPLETING"} & {task["JobState"] for task in tasks()}, 240)
+    def all_final():
+        return {task["JobState"] for task in tasks()} <= FINAL
+
+    def stay_final():  # a task on its way into the queue may look ended for a moment
+        return all_final() and not time.sleep(1) and all_final()
+
+    cluster.wait(stay_final, 240)
     return {int(task["ArrayTaskId"]): (task["JobState"], task["ExitCode"]) for task in tasks()}
 
 
 def start_requeued(cluster, task):
     """Let a requeued task start at once; Slurm makes it wait for two minutes."""
     cluster.wait(lambda: cluster.jobs()[task]["Reason"] == "BeginTime")
-    cluster.run("scontrol", "update", f"JobId={task}", "StartTime=now")
+
+    def started():
+        cluster.run("scontrol", "update", f"JobId={task}", "StartTime=now", check=False)
+        return cluster.jobs()[task]["Reason"] != "BeginTime"
+
+    cluster.wait(started)
 
 
 def test_slurm_a_sweep_runs_to_its_end(cluster, tmp_path):
