@@ -53,15 +53,15 @@ class Args:
     max_array_size: int | None = None  # slurm: MaxArraySize of the cluster; by default scontrol is asked, else 1001
     template: str = "slurm/array.sbatch.template"  # slurm: the file that is filled in
     setup: Repeated = ()  # slurm: a line of bash to run first, such as "source .venv/bin/activate"
-    partition: str | None = None  # slurm: the option of sbatch, as are the next eight
-    account: str | None = None  # see sbatch
-    qos: str | None = None  # see sbatch
-    constraint: str | None = None  # see sbatch
-    time: str | None = None  # see sbatch
-    mem: str | None = None  # see sbatch
-    cpus_per_task: int | None = None  # see sbatch; shared by the commands of a task
-    gpus_per_task: str | None = None  # see sbatch; shared by the commands of a task
-    dependency: str | None = None  # see sbatch; afterok:ID waits for another sweep
+    partition: str | None = None  # slurm: partition to run in
+    account: str | None = None  # slurm: account to charge
+    qos: str | None = None  # slurm: quality of service
+    constraint: str | None = None  # slurm: features that the node must have
+    time: str | None = None  # slurm: time limit, such as 12:00:00
+    mem: str | None = None  # slurm: memory, such as 16G
+    cpus_per_task: int | None = None  # slurm: cores, shared by the commands of a task
+    gpus_per_task: str | None = None  # slurm: GPUs, such as 1 or a100:1, shared by the commands of a task
+    dependency: str | None = None  # slurm: what to wait for, such as afterok:ID of another sweep
     sbatch_arg: Repeated = ()  # slurm: any other option of sbatch, such as mail-type=END
 
 
