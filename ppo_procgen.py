@@ -2,9 +2,9 @@
 
     python ppo_procgen.py --env-id miner                    # train; Ctrl-C saves
     python ppo_procgen.py --env-id miner --resume           # go on where it stopped, to the same weights bit for bit
-    tensorboard --logdir runs                               # watch
+    tensorboard --logdir models                             # watch
 
-Everything of a run lies in {model_saving_dir}/{env_id}/{xpid}/ and runs/{env_id}/{xpid}/; see README.md.
+Everything of a run lies in {model_saving_dir}/{env_id}/{xpid}/; see README.md.
 Exit codes: 0 done, 1 failed, 2 bad arguments, 75 stopped by a signal with everything saved.
 """
 
@@ -13,7 +13,7 @@ import signal
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 EXIT_STOPPED = 75  # EX_TEMPFAIL: run the same command again to continue
-if __name__ == "__main__":  # a signal while PyTorch is still loading: there is nothing to save yet
+if __name__ == "__main__":  # until training begins there is nothing to save, and PyTorch takes seconds to load
     for stop_signal in STOP_SIGNALS:
         signal.signal(stop_signal, lambda *_: os._exit(EXIT_STOPPED))
 # OpenMP threads spin while they wait, GNU's so long by default that two runs on the same two cores did 9 steps/s each.
@@ -21,19 +21,27 @@ if __name__ == "__main__":  # a signal while PyTorch is still loading: there is 
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import contextlib
+import csv
 import ctypes
+import hashlib
 import importlib.metadata
 import importlib.util
+import inspect
 import io
+import json
 import math
 import platform
 import random
+import re
 import sys
 import time
+import zlib
 from collections import deque
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NoReturn
+from urllib.parse import quote
 
 import filelock
 import numpy as np
@@ -82,9 +90,10 @@ class Args:
     xpid: str | None = None  # name of the run; by default made of the hyperparameters and the seed
     model_saving_dir: str = "models"  # checkpoints go to {model_saving_dir}/{env_id}/{xpid}/
     resume: bool = False  # continue the run of this xpid if there is one
-    checkpoint: str | None = None  # start a new run from the weights and optimizer state of this checkpoint
+    checkpoint: str | None = None  # start a new run from the weights and Adam's moments of this checkpoint
     log_interval: int = 10  # iterations between rolling checkpoints, and between lines in a log
-    archive_interval: int = 50  # iterations between archived, evaluated checkpoints
+    archive_interval: int = 50  # iterations between archived, evaluated checkpoints; 1, 2, 4, 8, 16 and 32 are, too
+    save_dataset: bool = False  # keep the whole training as a recording in the run's folder rollouts/
     num_eval_episodes: int = 10  # test episodes per evaluation, one in each of as many parallel games
 
     cuda: bool = True  # use the GPU if there is one
@@ -94,57 +103,15 @@ class Args:
     wandb_entity: str | None = None  # Weights & Biases team
 
 
-# What a continuation may change: nothing here has a part in what is computed.
-FREE_ON_RESUME = ("xpid", "model_saving_dir", "resume", "log_interval", "archive_interval", "num_eval_episodes")
-FREE_ON_RESUME += ("track", "wandb_project_name", "wandb_entity")
-# The games that have more modes than easy and hard. Asked for any other, Procgen's library ends the whole process.
-EXTRA_MODES = {
-    "extreme": ("chaser", "dodgeball", "leaper", "starpilot"),
-    "memory": ("caveflyer", "dodgeball", "heist", "jumper", "maze", "miner"),
-    "exploration": ("caveflyer", "climber", "coinrun", "heist", "jumper", "leaper", "maze", "ninja"),
-}
+# Arguments without a part in what is computed: a run's name leaves them out, and a continuation may change them.
+FREE_ARGUMENTS = (
+    "total_timesteps", "log_interval", "archive_interval", "num_eval_episodes", "cuda", "torch_deterministic",
+    "save_dataset", "xpid", "model_saving_dir", "resume", "track", "wandb_project_name", "wandb_entity",
+)  # fmt: skip
 MAX_LEVEL = 2**31 - 1  # level seeds are int32
-CPU_CHUNK = 256  # frames per backward pass on a CPU: as fast as 512, in 0.4 GB less
-
-
-def fail(message: str, code: int = 1) -> NoReturn:
-    """End the process with one line on stderr; code 2 is for arguments, 1 for the rest."""
-    print(f"ppo_procgen.py: error: {message}", file=sys.stderr)
-    sys.exit(code)
-
-
-def check_args(args: Args) -> None:
-    """Exit with code 2 and one line that names the flag, its value and what would be right."""
-
-    def require(condition, name, wanted):
-        if not condition:
-            fail(f"--{name.replace('_', '-')} is {getattr(args, name)!r}; it must be {wanted}", 2)
-
-    require(args.env_id in ENV_NAMES, "env_id", f"one of {', '.join(ENV_NAMES)}")
-    modes = ["easy", "hard"] + [mode for mode, games in EXTRA_MODES.items() if args.env_id in games]
-    require(args.distribution_mode in modes, "distribution_mode", f"one of {', '.join(modes)} for {args.env_id}")
-    for names, holds, wanted in (
-        ("num_envs num_steps hidden_size num_eval_episodes", lambda x: 1 <= x <= 2**16, "between 1 and 65536"),
-        ("num_minibatches update_epochs total_timesteps log_interval archive_interval", lambda x: x >= 1, "at least 1"),
-        ("learning_rate adam_eps clip_coef max_grad_norm", lambda x: 0 < x < math.inf, "a number above 0"),
-        ("ent_coef vf_coef", lambda x: 0 <= x < math.inf, "a number of 0 or more"),
-        ("gamma gae_lambda", lambda x: 0 <= x <= 1, "between 0 and 1"),
-        ("target_kl", lambda x: x is None or 0 < x < math.inf, "a number above 0, or left out"),
-        ("seed start_level num_levels", lambda x: 0 <= x < MAX_LEVEL, f"between 0 and {MAX_LEVEL - 1}"),
-    ):
-        for name in names.split():
-            require(holds(getattr(args, name)), name, wanted)
-    most_levels = MAX_LEVEL - 1 - args.start_level  # one is left to test on
-    require(args.num_levels <= most_levels, "num_levels", f"at most {most_levels} with this --start-level")
-    batch = args.num_envs * args.num_steps
-    require(batch % args.num_minibatches == 0, "num_minibatches", f"a divisor of num_envs * num_steps = {batch}")
-    if args.norm_adv:  # a single advantage has no standard deviation
-        require(batch > args.num_minibatches, "num_minibatches", f"at most {batch // 2}, or --no-norm-adv given")
-    require(args.total_timesteps >= batch, "total_timesteps", f"at least one iteration, num_envs * num_steps = {batch}")
-    require(args.xpid not in ("", "..") and args.xpid == Path(args.xpid).name, "xpid", "a plain folder name")
-    # A folder wandb/, which that package makes, is found as well, but has no origin.
-    if args.track and getattr(importlib.util.find_spec("wandb"), "origin", None) is None:
-        fail("--track needs the package wandb, which is not installed: pip install wandb, or leave --track out", 2)
+# Frames per backward pass: a minibatch's gradient is summed over chunks. On a CPU small chunks stay in the cache (256
+# are as fast as 512, in 0.4 GB less); on a GPU 8,192 frames take some 10 GB.
+CHUNK = {"cpu": 256, "cuda": 8192}
 
 
 class ProcgenVectorEnv(gym.vector.VectorEnv):
@@ -161,16 +128,20 @@ class ProcgenVectorEnv(gym.vector.VectorEnv):
         if distribution_mode != "exploration":  # which has one level, fixed by Procgen
             # Procgen's own num_levels=0 would ignore start_level.
             options.update(start_level=start_level, num_levels=num_levels or MAX_LEVEL - start_level)
-        self.games = ProcgenGym3Env(num_envs, env_id, **options)
+        self.games = load_games(num_envs, env_id, **options)
+        self.started = False
         super().__init__(num_envs, gym.spaces.Box(0, 255, (64, 64, 3), np.uint8), gym.spaces.Discrete(15))
 
     def reset_wait(self, seed=None, options=None):
         if seed is not None:
             raise ValueError("Procgen seeds its games when they are made: pass the seed to ProcgenVectorEnv")
-        self.games.act(np.full(self.num_envs, -1))  # Procgen's forced reset
+        if self.started:  # at first the games are at the first frames of their episodes by themselves
+            self.games.act(np.full(self.num_envs, -1))  # Procgen's forced reset
+        self.started = True
         return self.games.observe()[1]["rgb"], {}
 
     def step_async(self, actions):
+        self.started = True
         self.games.act(actions)
 
     def step_wait(self):
@@ -188,15 +159,18 @@ class ProcgenVectorEnv(gym.vector.VectorEnv):
 
     def set_state(self, states):
         """Continue from get_state()'s return value. Returns the observations there."""
+        if len(states) != self.num_envs:
+            raise ValueError(f"{len(states)} games were saved, not {self.num_envs}")
         self.games.set_state([state.numpy().tobytes() for state in states])
         return self.games.observe()[1]["rgb"]
 
 
 def make_envs(args: Args) -> gym.Env:
-    """The games to train on. A wrapper of your own goes here, and its state, if it has one, into get_env_state."""
-    envs = ProcgenVectorEnv(
-        args.num_envs, args.env_id, args.distribution_mode, args.start_level, args.num_levels, args.seed
-    )
+    """The games to train on. A wrapper of your own goes here; its attributes are saved and restored with the others."""
+    levels = (args.distribution_mode, args.start_level, args.num_levels)
+    envs = ProcgenVectorEnv(args.num_envs, args.env_id, *levels, args.seed)
+    if args.save_dataset:
+        envs = RecordGames(envs)
     envs = gym.wrappers.RecordEpisodeStatistics(envs)  # of the raw rewards
     envs = gym.wrappers.NormalizeReward(envs, gamma=args.gamma)  # with PPO's gamma: these are the returns it learns
     return gym.wrappers.TransformReward(envs, lambda reward: np.clip(reward, -10, 10))
@@ -237,9 +211,12 @@ class ConvSequence(nn.Module):
 
 
 class Agent(nn.Module):
-    """Actor-critic on the IMPALA CNN (Espeholt et al. 2018, figure 3): 64x64 RGB frames to 15 logits and a value."""
+    """Actor-critic on the IMPALA CNN (Espeholt et al. 2018, figure 3): 64x64 RGB frames to 15 logits and a value.
 
-    def __init__(self, hidden_size):
+    Made from the script's arguments, of which it reads hidden_size.
+    """
+
+    def __init__(self, args):
         super().__init__()
         self.network = nn.Sequential(
             ConvSequence(3, 16),
@@ -247,11 +224,11 @@ class Agent(nn.Module):
             ConvSequence(32, 32),
             nn.ReLU(inplace=True),
             nn.Flatten(),
-            nn.Linear(32 * 8 * 8, hidden_size),
+            nn.Linear(32 * 8 * 8, args.hidden_size),
             nn.ReLU(inplace=True),
         ).to(memory_format=torch.channels_last)
-        self.actor = layer_init(nn.Linear(hidden_size, 15), std=0.01)
-        self.critic = layer_init(nn.Linear(hidden_size, 1), std=1.0)
+        self.actor = layer_init(nn.Linear(args.hidden_size, 15), std=0.01)
+        self.critic = layer_init(nn.Linear(args.hidden_size, 1), std=1.0)
 
     def forward(self, x):
         """(N, 64, 64, 3) uint8 frames to (N, 15) logits and (N,) values. Permuted frames already are channels_last."""
@@ -339,122 +316,210 @@ def evaluate(agent, envs, start_states, seed, device):
     return returns, lengths, level_complete
 
 
-class Stopped(Exception):
-    """One of STOP_SIGNALS came."""
+def train(args: Args) -> None:
+    batch_size = args.num_envs * args.num_steps
+    minibatch_size = batch_size // args.num_minibatches
+    num_iterations = args.total_timesteps // batch_size
+    random.seed(args.seed)
+    np.random.seed(args.seed)
+    torch.manual_seed(args.seed)
+    torch.backends.cudnn.deterministic = args.torch_deterministic
+    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+
+    agent = Agent(args).to(device)
+    optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=args.adam_eps)
+    envs, test_envs = make_envs(args), make_test_envs(args)
+    test_start = test_envs.get_state()
+
+    # ROLLOUT STORAGE. What the network reads is on its device; what the games give is copied there once a rollout.
+    shape = (args.num_steps, args.num_envs)
+    obs = torch.zeros((*shape, 64, 64, 3), dtype=torch.uint8, device=device)
+    actions = torch.zeros(shape, dtype=torch.int64, device=device)
+    logprobs, values = torch.zeros(shape, device=device), torch.zeros(shape, device=device)
+    rewards, dones = np.zeros(shape, np.float32), np.zeros(shape, bool)
+
+    # STATE: all that an exact continuation needs, named once; it is saved and restored from here. What your loop hands
+    # from one iteration to the next belongs into carry, and is used as carry.name.
+    carry = SimpleNamespace(
+        next_obs=torch.from_numpy(envs.reset()[0]).to(device),
+        next_done=np.zeros(args.num_envs, bool),
+        level_complete=deque(maxlen=100),  # beside return_queue and length_queue of RecordEpisodeStatistics
+        latest_test_return=math.nan,
+    )
+    state = {"model_state_dict": agent, "optimizer_state_dict": optimizer, "envs": envs, "carry": carry}
+    state["random_generators"] = RandomGenerators(device)
+
+    test = None  # returns, lengths and level_complete of the iteration's test episodes, if there were any
+    with Run(args, state, num_iterations, device) as run:
+        for iteration in range(run.iteration + 1, num_iterations + 1):
+            if args.anneal_lr:
+                optimizer.param_groups[0]["lr"] = (1 - (iteration - 1) / num_iterations) * args.learning_rate
+
+            # ROLLOUT
+            run.bar.set_description("rollout")
+            for step in range(args.num_steps):
+                stop_if_asked()
+                obs[step], dones[step] = carry.next_obs, carry.next_done
+                with torch.inference_mode():
+                    actions[step], logprobs[step], _, values[step] = agent.get_action_and_value(carry.next_obs)
+                next_frames, rewards[step], terminated, _, infos = envs.step(actions[step].cpu().numpy())
+                carry.next_obs, carry.next_done = torch.from_numpy(next_frames).to(device), np.array(terminated)
+                if "episode" in infos:
+                    carry.level_complete.extend(infos["prev_level_complete"][infos["_episode"]].tolist())
+                run.bar.update(args.num_envs)
+            if args.save_dataset:
+                run.record(envs.take_steps(), logprobs)
+
+            # ADVANTAGES
+            with torch.inference_mode():
+                next_value = agent.get_value(carry.next_obs)
+            ends = torch.from_numpy(dones).to(device), next_value, torch.from_numpy(carry.next_done).to(device)
+            gae = compute_gae(torch.from_numpy(rewards).to(device), values, *ends, args.gamma, args.gae_lambda)
+            b_advantages, b_returns = (x.flatten() for x in gae)
+            b_values = values.flatten()
+            batch = (obs.flatten(0, 1), actions.flatten(), logprobs.flatten(), b_returns, b_values)
+
+            # UPDATE. Nothing waits for the device, but for target_kl; the losses' sums are read once, at the end.
+            loss_sums, updates = torch.zeros(len(LOSSES) + 1, device=device), 0
+            for epoch in range(args.update_epochs):
+                run.bar.set_description(f"update {epoch + 1}/{args.update_epochs}")
+                for minibatch in torch.randperm(batch_size, device=device).split(minibatch_size):
+                    advantages = b_advantages[minibatch]
+                    if args.norm_adv:
+                        advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+                    mb_losses = torch.zeros(len(LOSSES), device=device)
+                    optimizer.zero_grad()
+                    chunks = zip(minibatch.split(CHUNK[device.type]), advantages.split(CHUNK[device.type]))
+                    for chunk, chunk_advantages in chunks:
+                        stop_if_asked()
+                        loss, parts = ppo_loss(agent, *(x[chunk] for x in batch), chunk_advantages, args)
+                        share = len(chunk) / minibatch_size
+                        (loss * share).backward()
+                        mb_losses += parts * share
+                    grad_norm = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
+                    optimizer.step()
+                    loss_sums += torch.cat([mb_losses, grad_norm[None]])
+                    updates += 1
+                if args.target_kl is not None and mb_losses[LOSSES.index("approx_kl")] > args.target_kl:
+                    break
+            losses = dict(zip((*LOSSES, "grad_norm"), (loss_sums / updates).tolist()))
+            with torch.inference_mode():  # what the last step of the optimizer has done to the weights, no loss tells
+                _, *outputs = agent.get_action_and_value(carry.next_obs, actions[-1])
+            if not all(map(math.isfinite, losses.values())) or not torch.stack(outputs).isfinite().all():
+                fail(f"training diverged in iteration {iteration}; try a smaller --learning-rate. Losses: {losses}")
+            losses["explained_variance"] = (1 - (b_returns - b_values).var() / b_returns.var()).item()
+
+            # EVALUATION
+            test = None
+            if run.archives(iteration) or iteration == num_iterations:
+                run.bar.set_description("evaluate")
+                test = evaluate(agent, test_envs, test_start, args.seed, device)
+                carry.latest_test_return = float(test[0].mean())
+            run.end_iteration(collect_metrics(envs, carry, optimizer, losses, test))
+
+        test = test or evaluate(agent, test_envs, test_start, args.seed, device)
+        run.finish(float(test[0].mean()))
 
 
-signals_received = []
+def collect_metrics(envs, carry, optimizer, losses, test) -> dict:
+    """The row of an iteration in progress.csv and TensorBoard; nan stands for what was not measured."""
+
+    def mean(values):
+        return float(np.mean(values, dtype=float)) if len(values) else math.nan
+
+    test_returns, test_lengths, test_complete = test or ((), (), ())
+    return {
+        "charts/learning_rate": optimizer.param_groups[0]["lr"],
+        "charts/episodic_return": mean(envs.return_queue),  # of the last 100 training episodes
+        "charts/episodic_length": mean(envs.length_queue),
+        "charts/level_complete": mean(carry.level_complete),
+        "charts/test_return": mean(test_returns),
+        "charts/test_length": mean(test_lengths),
+        "charts/test_level_complete": mean(test_complete),
+        **{f"losses/{name}": value for name, value in losses.items()},
+    }
 
 
-def stop_if_asked() -> None:
-    """Raise Stopped after a signal. Called where it is safe: before each step of the games and each backward pass."""
-    if signals_received:
-        raise Stopped(signal.Signals(signals_received[0]).name)
+# ======================================================================================================================
+# No fork needs to change anything below: arguments, signals, saving and restoring, files.
+# ======================================================================================================================
+
+SCRIPT = Path(__file__).name
+ALGORITHM = Path(__file__).stem.removesuffix("_procgen")  # a copy under another name is another algorithm
+SOURCE = Path(__file__).read_bytes()
+LOCK_PATIENCE = 600  # seconds
+EVALUATED = r"model_-?\d+\.\d\d\.pt"  # a final checkpoint of ours: other files in its folder are the user's
+# The games that have more modes than easy and hard. Asked for any other, Procgen's library ends the whole process.
+EXTRA_MODES = {
+    "extreme": ("chaser", "dodgeball", "leaper", "starpilot"),
+    "memory": ("caveflyer", "dodgeball", "heist", "jumper", "maze", "miner"),
+    "exploration": ("caveflyer", "climber", "coinrun", "heist", "jumper", "leaper", "maze", "ninja"),
+}
 
 
-def serialize(state: dict) -> bytes:
-    """The content of a checkpoint file. Tensors go in as the CPU's: it must load on a machine without a GPU."""
-
-    def to_cpu(x):
-        if isinstance(x, dict):
-            return {key: to_cpu(value) for key, value in x.items()}
-        return x.cpu() if isinstance(x, torch.Tensor) else x
-
-    buffer = io.BytesIO()
-    torch.save(to_cpu(state), buffer)
-    return buffer.getvalue()
+def fail(message: str, code: int = 1) -> NoReturn:
+    """End the process with one line on stderr; code 2 is for arguments, 1 for the rest."""
+    print(f"{SCRIPT}: error: {message}", file=sys.stderr)
+    sys.exit(code)
 
 
-def write_file(path: Path, content: bytes) -> None:
-    """Replace a file at one stroke: at any instant, killed or not, there is the whole old or the whole new one."""
-    temporary = path.with_name(f".{path.name}.tmp")
+def one_line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+
+
+def default_xpid(args: Args) -> str:
+    """The name of a run. There is no clock in it: the same arguments name the same run."""
+    parts = {"env_id": "", "distribution_mode": "-", "num_levels": "-", "learning_rate": f"-{ALGORITHM}-lr"}
+    parts |= {"update_epochs": "-epoch", "num_minibatches": "-mb", "vf_coef": "-v", "ent_coef": "-ha"}
+    unnamed = (*parts, *FREE_ARGUMENTS, "seed")
+    values, defaults = asdict(args), {field.name: field.default for field in fields(args)}
+    parts |= {name: f"-{name}" for name in values if name not in unnamed and values[name] != defaults[name]}
+    words = [f"{part}{values[name]}" for name, part in parts.items() if name in values]
+    return quote("".join(words) + f"_{args.seed}", safe="+")
+
+
+def check_args(args: Args) -> None:
+    """Exit with code 2 and one line that names the flag, its value and what would be right."""
+
+    def require(condition, name, wanted):
+        if not condition:
+            fail(f"--{name.replace('_', '-')} is {getattr(args, name)!r}; it must be {wanted}", 2)
+
+    require(args.env_id in ENV_NAMES, "env_id", f"one of {', '.join(ENV_NAMES)}")
+    modes = ["easy", "hard"] + [mode for mode, games in EXTRA_MODES.items() if args.env_id in games]
+    require(args.distribution_mode in modes, "distribution_mode", f"one of {', '.join(modes)} for {args.env_id}")
+    for names, holds, wanted in (
+        ("num_envs num_steps hidden_size num_eval_episodes", lambda x: 1 <= x <= 2**16, "between 1 and 65536"),
+        ("num_minibatches update_epochs total_timesteps log_interval archive_interval", lambda x: x >= 1, "at least 1"),
+        ("learning_rate adam_eps clip_coef max_grad_norm", lambda x: 0 < x < math.inf, "a number above 0"),
+        ("ent_coef vf_coef", lambda x: 0 <= x < math.inf, "a number of 0 or more"),
+        ("gamma gae_lambda", lambda x: 0 <= x <= 1, "between 0 and 1"),
+        ("target_kl", lambda x: x is None or 0 < x < math.inf, "a number above 0, or left out"),
+        ("seed start_level num_levels", lambda x: 0 <= x < MAX_LEVEL, f"between 0 and {MAX_LEVEL - 1}"),
+        ("checkpoint", lambda x: x != "", "a file, or left out"),
+    ):
+        for name in names.split():
+            require(holds(getattr(args, name)), name, wanted)
+    most_levels = MAX_LEVEL - 1 - args.start_level  # one is left to test on
+    require(args.num_levels <= most_levels, "num_levels", f"at most {most_levels} with this --start-level")
+    batch = args.num_envs * args.num_steps
+    require(batch % args.num_minibatches == 0, "num_minibatches", f"a divisor of num_envs * num_steps = {batch}")
+    if args.norm_adv:  # a single advantage has no standard deviation
+        require(batch > args.num_minibatches, "num_minibatches", f"at most {batch // 2}, or --no-norm-adv given")
+    require(args.total_timesteps >= batch, "total_timesteps", f"at least one iteration, num_envs * num_steps = {batch}")
+    plain = args.xpid not in ("", "..") and args.xpid == Path(args.xpid).name and args.xpid.isprintable()
+    require(plain and len(args.xpid.encode()) <= 200, "xpid", "a plain folder name of at most 200 bytes")
+    # A folder wandb/, which that package makes, is found as well, but has no origin.
+    if args.track and getattr(importlib.util.find_spec("wandb"), "origin", None) is None:
+        fail("--track needs the package wandb, which is not installed: pip install wandb, or leave --track out", 2)
+
+
+def load_games(num: int, env_id: str, **options) -> ProcgenGym3Env:
     try:
-        path.parent.mkdir(exist_ok=True)
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        fail(f"{path} could not be written: {error.strerror}")
-
-
-def write_evaluated(folder: Path, prefix: str, test_return: float, state: dict) -> Path:
-    """Write {prefix}{test return}.pt, then remove the one it replaces, which may carry another return in its name."""
-    path = folder / f"{prefix}{round(test_return, 2) + 0.0:.2f}.pt"  # + 0.0 turns -0.0 into 0.0
-    write_file(path, serialize(state))
-    for other in set(folder.glob(f"{prefix}*.pt")) - {path}:
-        other.unlink()
-    return path
-
-
-def load_checkpoint(path: Path) -> dict:
-    """Read a checkpoint without running any code in it. Exits with code 1 if it is missing, damaged or foreign."""
-    if not path.is_file():
-        fail(f"checkpoint {path} is not there")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises whatever it stumbles over
-        fail(f"checkpoint {path} is damaged or holds more than tensors and plain values ({type(error).__name__})")
-    if not isinstance(state, dict) or state.get("format") != 1 or not isinstance(state.get("args"), dict):
-        fail(f"checkpoint {path} is not one of ppo_procgen.py in format 1")
-    return state
-
-
-def load_agent(agent, optimizer, state: dict, path: Path) -> None:
-    """Load weights and Adam's moments; learning rate and epsilon stay those of this run's arguments."""
-    settings = optimizer.state_dict()["param_groups"]
-    try:
-        agent.load_state_dict(state["model_state_dict"])
-        optimizer.load_state_dict({"state": state["optimizer_state_dict"]["state"], "param_groups": settings})
-    except Exception as error:  # depends on what is in the file
-        sizes = f"--hidden-size is {state['args'].get('hidden_size')} there and {agent.actor.in_features} here"
-        fail(f"checkpoint {path} does not fit the network ({type(error).__name__}; {sizes})")
-
-
-def check_resumed_args(args: Args, saved: dict, run_dir: Path) -> None:
-    """Exit with code 2 if the continuation would compute something else than the run did."""
-    now = asdict(args)
-    differing = [name for name in now if name not in FREE_ON_RESUME and now[name] != saved.get(name, now[name])]
-    if "total_timesteps" in differing and now["total_timesteps"] > saved["total_timesteps"] and not args.anneal_lr:
-        differing.remove("total_timesteps")  # it may grow, unless the learning rate is annealed towards it
-    if differing:
-        changes = ", ".join(f"--{name.replace('_', '-')} was {saved[name]!r}, is {now[name]!r}" for name in differing)
-        fail(f"--resume cannot change the arguments of {run_dir} ({changes}); repeat them or choose another --xpid", 2)
-
-
-def get_env_state(envs):
-    """State of the games and of the wrappers around them, as tensors and plain values."""
-    names = ("episode_returns", "episode_lengths", "return_queue", "length_queue", "returns")
-    moments = [float(moment) for moment in (envs.return_rms.mean, envs.return_rms.var, envs.return_rms.count)]
-    state = {name: np.array(getattr(envs, name)).tolist() for name in names}
-    return {"games": envs.unwrapped.get_state(), "return_rms": moments, **state}
-
-
-def set_env_state(envs, state):
-    """Continue from get_env_state's return value."""
-    envs.unwrapped.set_state(state["games"])
-    for name in ("episode_returns", "episode_lengths", "returns"):
-        getattr(envs, name)[:] = state[name]
-    envs.return_queue.extend(state["return_queue"])
-    envs.length_queue.extend(state["length_queue"])
-    envs.return_rms.mean, envs.return_rms.var, envs.return_rms.count = map(np.float64, state["return_rms"])
-
-
-def get_rng_state(device):
-    name, keys, *rest = np.random.get_state()
-    state = {"python": random.getstate(), "numpy": (name, keys.tolist(), *rest), "torch": torch.get_rng_state()}
-    return state | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
-
-
-def set_rng_state(state, device):
-    random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
-    torch.set_rng_state(state["torch"])
-    if device.type == "cuda" and "cuda" in state:  # it is not there if the run comes from a CPU
-        torch.cuda.set_rng_state(state["cuda"], device)
+        return ProcgenGym3Env(num, env_id, **options)
+    except OSError as error:  # the shared libraries that Procgen needs are loaded here
+        packages = "libgl1 and libglib2.0-0 (libglib2.0-0t64 on newer systems)"
+        fail(f"Procgen misses a library of the system ({error}); on Debian or Ubuntu install {packages}")
 
 
 def keep_large_blocks() -> None:
@@ -469,273 +534,456 @@ def keep_large_blocks() -> None:
         mallopt(trim_threshold, 2**31 - 1)
 
 
-def lock_run(run_dir: Path, log_dir: Path) -> filelock.BaseFileLock:
-    """Make the run's folders and lock it: until the lock is released or this process ends, however it ends."""
-    for folder in (run_dir, log_dir):
-        parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-        if not parent.is_dir() or not os.access(parent, os.W_OK):
-            fail(f"{folder} cannot be written, as {parent} is no folder that can be; see --model-saving-dir")
-    lock = filelock.FileLock(run_dir / ".lock")
+class Stopped(Exception):
+    """One of STOP_SIGNALS came."""
+
+
+signals_received = []
+
+
+def stop_if_asked() -> None:
+    """Raise Stopped after a signal. Called where it is safe: before each step of the games and each backward pass."""
+    if signals_received:
+        raise Stopped(signal.Signals(signals_received[0]).name)
+
+
+# STATE
+
+
+class RandomGenerators:
+    """Those of Python, numpy and PyTorch."""
+
+    def __init__(self, device):
+        self.device = device
+
+    def get_state(self):
+        state = {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state()}
+        return state | ({"cuda": torch.cuda.get_rng_state(self.device)} if self.device.type == "cuda" else {})
+
+    def set_state(self, state):
+        random.setstate(state["python"])
+        np.random.set_state(state["numpy"])
+        torch.set_rng_state(state["torch"])
+        if self.device.type == "cuda" and "cuda" in state:  # it is not there if the run comes from a CPU
+            torch.cuda.set_rng_state(state["cuda"], self.device)
+
+
+def attributes(x) -> dict:
+    """What is saved of an object, a wrapper among them: all but functions, spaces and the time it was made."""
+    kept = {name: value for name, value in vars(x).items() if name != "t0" and not isinstance(value, gym.Space)}
+    return {name: value for name, value in kept.items() if not inspect.isroutine(value)}
+
+
+def freeze(x, name=""):
+    """A copy of x in tensors of the CPU and plain values, which torch.load reads with weights_only=True."""
+    if isinstance(x, torch.Tensor):
+        return x.detach().to("cpu", copy=True)
+    if isinstance(x, (np.ndarray, np.generic)):
+        return {"numpy": torch.from_numpy(np.array(x))}
+    if isinstance(x, dict):
+        return {key: freeze(value, f"{name}.{key}") for key, value in x.items()}
+    if isinstance(x, (list, tuple, deque)):
+        return (tuple if isinstance(x, tuple) else list)(freeze(value, name) for value in x)
+    for get in ("state_dict", "get_state"):
+        if hasattr(type(x), get):
+            return freeze(getattr(x, get)(), name)
+    if isinstance(x, SimpleNamespace) or (hasattr(x, "__dict__") and type(x).__reduce__ is object.__reduce__):
+        return freeze(attributes(x), name)
+    if not isinstance(x, (bool, int, float, str, type(None))):
+        raise TypeError(f"state{name} is a {type(x).__name__}, which cannot be saved: give it get_state and set_state")
+    return x
+
+
+def thaw(saved, x=None, name=""):
+    """What freeze() was given. If x is an object, it takes the state over; if it is a tensor, its device is kept."""
+    if isinstance(x, torch.Tensor):
+        return saved.to(x.device)
+    if isinstance(saved, dict) and saved.keys() == {"numpy"}:
+        return saved["numpy"].numpy()[()]
+    for put in ("load_state_dict", "set_state"):
+        if hasattr(type(x), put):
+            getattr(x, put)(thaw(saved))
+            return x
+    if hasattr(x, "__dict__"):
+        mine = attributes(x)
+        for key in mine.keys() ^ saved.keys():
+            raise KeyError(f"{name}.{key} is known to {'this script' if key in mine else 'the checkpoint'} only")
+        for key, value in mine.items():
+            setattr(x, key, thaw(saved[key], value, f"{name}.{key}"))
+        return x
+    if isinstance(x, deque):
+        return deque(map(thaw, saved), x.maxlen)
+    if isinstance(saved, dict):
+        return {key: thaw(value) for key, value in saved.items()}
+    return type(saved)(map(thaw, saved)) if isinstance(saved, (list, tuple)) else saved
+
+
+# FILES
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Replace a file at one stroke: at any instant, killed or not, there is the whole old or the whole new one."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    path.parent.mkdir(exist_ok=True)
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        log_dir.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=1)  # not at once: sweep.py may be asking whether the run is in use
-    except filelock.Timeout:
-        fail(f"{run_dir} is in use by another process; wait for it to end or choose another --xpid")
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
     except OSError as error:
-        fail(f"{run_dir} cannot be written: {error.strerror}; choose another --model-saving-dir")
-    for leftover in [*run_dir.glob(".*.tmp"), *run_dir.glob("*/.*.tmp")]:  # of a write that was killed
-        leftover.unlink()
-    return lock
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
-def main():
-    args = tyro.cli(Args, description=__doc__)
-    if args.xpid is None:  # no clock in it: the same arguments name the same run
-        levels = f"{args.env_id}-{args.distribution_mode}-{args.num_levels}"
-        update = f"lr{args.learning_rate}-epoch{args.update_epochs}-mb{args.num_minibatches}"
-        args.xpid = f"{levels}-ppo-{update}-v{args.vf_coef}-ha{args.ent_coef}_{args.seed}"
-    check_args(args)
-    for stop_signal in STOP_SIGNALS:
-        signal.signal(stop_signal, lambda signum, _: signals_received.append(signum))
-    batch_size = args.num_envs * args.num_steps
-    minibatch_size = batch_size // args.num_minibatches
-    num_iterations = args.total_timesteps // batch_size
-    total_steps = num_iterations * batch_size
-    run_dir = Path(args.model_saving_dir) / args.env_id / args.xpid
-    log_dir = Path("runs") / args.env_id / args.xpid
-    rolling_path, progress_path = run_dir / "rolling" / "model.pt", run_dir / "progress.csv"
-    random.seed(args.seed)
-    np.random.seed(args.seed)
-    torch.manual_seed(args.seed)
-    torch.backends.cudnn.deterministic = args.torch_deterministic
-    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
-    keep_large_blocks()
+def write_checkpoint(path: Path, state: dict) -> None:
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    write_file(path, buffer.getvalue())
 
-    # AGENT: new, from another run's checkpoint, or where this run stopped
-    agent = Agent(args.hidden_size).to(device)
-    optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=args.adam_eps)
-    resuming = args.resume and rolling_path.exists()
-    if args.checkpoint and not resuming:
-        load_agent(agent, optimizer, load_checkpoint(Path(args.checkpoint)), args.checkpoint)
-    run_lock = lock_run(run_dir, log_dir)
-    resuming = args.resume and rolling_path.exists()  # again: whoever had the lock may have written it
-    first_iteration, global_step, progress = 1, 0, []
-    if resuming:
-        state = load_checkpoint(rolling_path)
-        if "envs" not in state:
-            fail(f"{rolling_path} lacks the states of the games; put the file back that the run has saved")
-        check_resumed_args(args, state["args"], run_dir)
-        if state["iteration"] >= num_iterations:
-            print(f"{run_dir} is finished; to train on, raise --total-timesteps")
-            return
-        load_agent(agent, optimizer, state, rolling_path)
-        first_iteration, global_step = state["iteration"] + 1, state["global_step"]
-        if progress_path.exists():  # its rows beyond the resumed iteration are about to be computed again
-            progress = progress_path.read_text(errors="replace").splitlines()[: 1 + state["iteration"]]
-            write_file(progress_path, "\n".join([*progress, ""]).encode())
-    elif any(run_dir.glob("*/*.pt")) or (not args.resume and (progress_path.exists() or any(log_dir.iterdir()))):
-        missing = f", but {rolling_path} is missing" if args.resume else ""
-        fail(
-            f"{run_dir} or {log_dir} holds a run already{missing}; continue it with --resume or choose another --xpid",
-            2,
-        )
 
-    # GAMES
-    envs, test_envs = make_envs(args), make_test_envs(args)
-    test_start = test_envs.get_state()
+def load_checkpoint(path: Path) -> dict:
+    """Read a checkpoint without running any code in it. Exits with code 1 if it is missing, damaged or foreign."""
+    if not path.is_file():
+        fail(f"checkpoint {path} is not there")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if state["format"] != 1:
+            raise ValueError(f"it has format {state['format']}")
+        types = {"args": dict, "versions": dict, "script": str, "script_sha256": str, "iteration": int}
+        if wrong := [name for name, wanted in types.items() if not isinstance(state[name], wanted)]:
+            raise TypeError(f"{wrong} in it cannot be used")
+    except Exception as error:  # torch.load raises whatever it stumbles over
+        fail(f"checkpoint {path} is damaged or none of these scripts ({one_line(error)})")
+    return state
 
-    # ROLLOUT STORAGE
-    shape = (args.num_steps, args.num_envs)
-    obs = torch.zeros((*shape, 64, 64, 3), dtype=torch.uint8, device=device)
-    actions = torch.zeros(shape, dtype=torch.int64, device=device)
-    logprobs, rewards, values = (torch.zeros(shape, device=device) for _ in range(3))
-    dones = torch.zeros(shape, dtype=torch.bool, device=device)
-    next_obs = torch.from_numpy(envs.reset()[0]).to(device)
-    next_done = torch.zeros(args.num_envs, dtype=torch.bool, device=device)
-    level_complete = deque(maxlen=100)  # beside the wrapper's return_queue and length_queue
-    latest_test_return = math.nan
-    if resuming:
-        set_env_state(envs, state["envs"])
-        set_rng_state(state["rng"], device)
-        next_obs, next_done = state["next_obs"].to(device), state["next_done"].to(device)
-        level_complete.extend(state["level_complete"])
-        latest_test_return = state["latest_test_return"]
 
-    # CHECKPOINTS
+def describe_machine(device: torch.device) -> dict:
+    """What the last bits of a result depend on, beside source and versions."""
+    if device.type == "cuda":
+        return {"device": "cuda", "model": torch.cuda.get_device_name(device)}
+    names = [line.partition(": ")[2].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
+    model = f"{names[0] if names else platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
+    return {"device": "cpu", "model": model, "threads": torch.get_num_threads()}
+
+
+def describe_script() -> dict:
+    """Identity of this source, of its networks, and of the packages under it."""
+    networks = [x for x in globals().values() if inspect.isclass(x) and issubclass(x, nn.Module)]
+    network = "".join(inspect.getsource(x) for x in networks if x.__module__ == __name__)
     procgen = importlib.metadata.packages_distributions()["procgen"][0]  # procgen or procgen-mirror
     versions = {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__}
     versions["procgen"] = f"{procgen} {importlib.metadata.version(procgen)}"
+    sha256 = {"script_sha256": SOURCE, "agent_sha256": network.encode()}
+    sha256 = {name: hashlib.sha256(content).hexdigest() for name, content in sha256.items()}
+    return {"script": SCRIPT, **sha256, "versions": versions}
 
-    def make_checkpoint(iteration, test_return):
-        return {
-            "format": 1,
-            "model_state_dict": agent.state_dict(),
-            "optimizer_state_dict": optimizer.state_dict(),
-            "args": asdict(args),
-            "xpid": args.xpid,
-            "iteration": iteration,
-            "global_step": iteration * batch_size,
-            "test_return": test_return,
-            "versions": versions,
-        }
 
-    def make_snapshot(iteration, test_return=None):
-        """The content of rolling/model.pt, some 10 MB: a checkpoint and all else that an exact continuation needs."""
-        state = {
-            "envs": get_env_state(envs),
-            "rng": get_rng_state(device),
-            "next_obs": next_obs,
-            "next_done": next_done,
-        }
-        state.update(level_complete=list(level_complete), latest_test_return=latest_test_return)
-        return serialize({**make_checkpoint(iteration, test_return), **state})
+class RecordGames(gym.Wrapper):
+    """Keeps what the games were given and what they gave, with a checksum of the frames in place of the frames."""
 
-    # LOGGING
-    if args.track:
+    def __init__(self, envs):
+        super().__init__(envs)
+        self.steps = []
+
+    def get_state(self):
+        return self.env.get_state()
+
+    def set_state(self, states):
+        return self.env.set_state(states)
+
+    def step(self, actions):
+        checksum = zlib.crc32(self.env.games.observe()[1]["rgb"])
+        frames, rewards, terminated, *more = self.env.step(actions)
+        self.steps.append((actions.astype(np.uint8), rewards.copy(), terminated.copy(), np.uint32(checksum)))
+        return frames, rewards, terminated, *more
+
+    def take_steps(self) -> dict:
+        """The steps since the last call: actions, rewards, dones, each (T, num_envs), and checksums (T,)."""
+        columns, self.steps = zip(*self.steps), []
+        return dict(zip(("actions", "rewards", "dones", "checksums"), map(np.stack, columns)))
+
+
+class Run:
+    """A run on disk: its lock, where it goes on, its checkpoints, curves and lines, and what ends it early.
+
+    `with Run(...) as run:` goes around the loop. run.iteration is the number of iterations completed.
+    """
+
+    def __init__(self, args: Args, state: dict, num_iterations: int, device: torch.device):
+        self.args, self.state, self.num_iterations, self.device = args, state, num_iterations, device
+        self.batch_size = args.num_envs * args.num_steps
+        self.folder = Path(args.model_saving_dir) / args.env_id / args.xpid
+        self.rolling, self.table = self.folder / "rolling" / "model.pt", self.folder / "progress.csv"
+        self.recording = self.folder / "rollouts"
+        self.iteration, self.rows = 0, []
+        self.rollout, self.recorded = [], []  # of the iteration under way; of those completed and not yet saved
+        self.header = {"format": 1, "args": asdict(args), **describe_script(), "xpid": args.xpid}
+
+    def __enter__(self):
+        """Lock the run, and decide here and only here whether it is new, goes on or is finished."""
+        if self.args.checkpoint is not None and not self.rolling.exists():
+            self.take_weights()  # before the rest, so that nothing has been written if it fails
+        self.lock()
+        resumed = None
+        if self.args.resume and self.rolling.exists():
+            resumed = load_checkpoint(self.rolling)
+            self.check_resumed(resumed)
+            self.go_on_from(resumed)
+        elif self.table.exists() or any(self.folder.glob("*/*.pt")):
+            missing = f", but {self.rolling} is missing" if self.args.resume else ""
+            fail(f"{self.folder} holds a run already{missing}; continue it with --resume or choose another --xpid", 2)
+        if self.args.save_dataset:
+            self.open_recording()
+        self.track()
+        self.begin(resumed)
+        for stop_signal in STOP_SIGNALS:
+            signal.signal(stop_signal, lambda signum, _: signals_received.append(signum))
+        return self
+
+    def take_weights(self) -> None:
+        """Begin with another run's weights and Adam's moments; learning rate and epsilon are those of the arguments."""
+        start = load_checkpoint(Path(self.args.checkpoint))
+        agent, optimizer = self.state["model_state_dict"], self.state["optimizer_state_dict"]
+        settings = optimizer.state_dict()["param_groups"]
+        try:
+            agent.load_state_dict(start["model_state_dict"])
+            optimizer.load_state_dict({"state": start["optimizer_state_dict"]["state"], "param_groups": settings})
+        except Exception as error:  # depends on what is in the file
+            fail(f"checkpoint {self.args.checkpoint} does not fit the network: {one_line(error)}")
+
+    def lock(self) -> None:
+        """Hold the run until this process ends, however it ends. On a cluster, whoever holds it may be about to end."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.held, on_cluster = filelock.FileLock(self.folder / ".lock"), "SLURM_JOB_ID" in os.environ
+        patience = LOCK_PATIENCE if on_cluster else 1  # sweep.py may be asking whether the run is in use
+        try:
+            self.held.acquire(timeout=patience)
+        except filelock.Timeout:
+            in_use = f"{self.folder} is in use by another process, {patience} s long"
+            fail(f"{in_use}; wait for it to end or choose another --xpid", EXIT_STOPPED if on_cluster else 1)
+        for leftover in self.folder.glob("**/.*.tmp"):  # of a write that was killed
+            leftover.unlink()
+
+    def check_resumed(self, saved: dict) -> None:
+        """Exit with code 2 if this would compute something else than the run did; tell if only the last bits differ."""
+        if saved["script"] != SCRIPT:
+            fail(f"{self.folder} is a run of {saved['script']}, not of {SCRIPT}; choose another --xpid", 2)
+
+        def shown(arguments, name):
+            return repr(arguments[name]) if name in arguments else "no argument"
+
+        then, now, changes = saved["args"], self.header["args"], []
+        for name in then | now:
+            # total_timesteps may change, unless the learning rate is annealed towards it
+            free = name in FREE_ARGUMENTS and not (name == "total_timesteps" and self.args.anneal_lr)
+            if shown(then, name) != shown(now, name) and not (free and name in then and name in now):
+                changes.append(f"--{name.replace('_', '-')} was {shown(then, name)}, is {shown(now, name)}")
+        if changes:
+            way_out = "repeat them or choose another --xpid"
+            fail(f"--resume cannot change the arguments of {self.folder} ({', '.join(changes)}); {way_out}", 2)
+
+        machine = describe_machine(self.device)
+        was = saved.get("machine", machine)
+        if was["device"] == "cuda" and self.args.cuda and self.device.type == "cpu":
+            fail(f"{self.folder} was on a GPU ({was['model']}), and there is none; --no-cuda goes on without one", 2)
+        same_source = saved["script_sha256"] == self.header["script_sha256"]
+        then, now = saved["versions"] | was, self.header["versions"] | machine
+        changes = [] if same_source else ["the source has changed"]
+        changes += [f"{name} was {then.get(name)}, is {now[name]}" for name in now if then.get(name) != now[name]]
+        if changes:
+            print(f"note: from here on the run is not bit for bit what it would have been: {', '.join(changes)}")
+
+    def go_on_from(self, saved: dict) -> None:
+        """Restore the state, and cut off what a process that was killed has written beyond it."""
+        self.iteration = saved["iteration"]
+        finals = [path for path in self.folder.glob("final/*.pt") if re.fullmatch(EVALUATED, path.name)]
+        if self.iteration >= self.num_iterations and finals:
+            print(f"{self.folder} is finished after iteration {self.iteration}; to train on, raise --total-timesteps")
+            sys.exit()
+        for name, part in self.state.items():
+            try:
+                thaw(saved[name], part, name)
+            except Exception as error:  # depends on what is in the file
+                fail(f"{self.rolling} does not fit this script: {one_line(error)}; put it back or begin another --xpid")
+        for path in finals:  # a longer run has another end
+            number = load_checkpoint(path)["iteration"]
+            (self.folder / "checkpoint").mkdir(exist_ok=True)
+            os.replace(path, self.folder / "checkpoint" / path.name.replace("_", f"_{number}_"))
+        if self.table.exists():
+            with open(self.table, newline="", errors="replace") as file:
+                rows = [row for row in csv.DictReader(file) if str(row.get("iteration")).isdecimal()]
+            self.rows = [row for row in rows if int(row["iteration"]) <= self.iteration]
+            self.write_table()
+
+    def begin(self, resumed: dict | None) -> None:
+        """Write what a run has from its start, and open its curves."""
+        self.keep(resumed["test_return"] if resumed else None)
+        self.save()
+        if resumed and resumed["script_sha256"] != self.header["script_sha256"]:
+            write_file(self.folder / f"{Path(SCRIPT).stem}_after_{self.iteration}.py", SOURCE)
+        elif not (self.folder / SCRIPT).exists():
+            write_file(self.folder / SCRIPT, SOURCE)
+        step, total = self.iteration * self.batch_size, self.num_iterations * self.batch_size
+        # What a process that was killed has logged beyond the step that is resumed, TensorBoard is told to drop.
+        self.writer = SummaryWriter(self.folder, purge_step=step + 1 if resumed else 0)
+        if not resumed:
+            table = "\n".join(f"|{name}|{value}|" for name, value in asdict(self.args).items())
+            self.writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
+        self.writer.flush()
+        size = sum(p.numel() for p in self.state["model_state_dict"].parameters())
+        print("device      ", *(f"{name} {value}" for name, value in describe_machine(self.device).items()))
+        print(f"run folder   {self.folder}" + (f", resumed after iteration {self.iteration}" if resumed else ""))
+        print(f"steps        {total:,} ({self.num_iterations} iterations of {self.batch_size:,})")
+        print(f"parameters   {size:,}", flush=True)
+        self.in_log = not (sys.stdout.isatty() and sys.stderr.isatty())  # lines there, a bar on a terminal
+        bar = {"total": total, "initial": step, "unit": " steps", "unit_scale": True, "smoothing": 0}
+        self.bar = tqdm(**bar, disable=self.in_log)
+        self.start_time, self.start_step = time.time(), step
+
+    def track(self) -> None:
+        """Open Weights & Biases, if asked to: one run there for each game and xpid."""
+        if not self.args.track:
+            return
         import wandb
 
-        run = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": args.xpid, "id": args.xpid}
+        name = f"{self.args.env_id}/{self.args.xpid}"
+        run = {"id": hashlib.sha256(name.encode()).hexdigest()[:16], "name": self.args.xpid, "group": self.args.env_id}
+        run |= {"project": self.args.wandb_project_name, "entity": self.args.wandb_entity, "config": asdict(self.args)}
         try:
-            wandb.init(**run, resume="allow", sync_tensorboard=True, config=asdict(args), save_code=True)
+            wandb.init(**run, resume="allow", sync_tensorboard=True, save_code=True)
         except wandb.Error as error:
-            fail(f"--track failed: {' '.join(str(error).split())}")
-    # A process that was killed may have logged beyond the step that is resumed: TensorBoard is told to drop that.
-    writer = SummaryWriter(log_dir, purge_step=global_step + 1 if resuming else 0)
-    if not resuming:
-        table = "\n".join(f"|{name}|{value}|" for name, value in asdict(args).items())
-        writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
-    device_name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(f"device       {device_name}")
-    print(f"run folder   {run_dir}" + (f", resumed after iteration {first_iteration - 1}" if resuming else ""))
-    print(f"steps        {total_steps:,} ({num_iterations} iterations of {batch_size:,})")
-    print(f"parameters   {sum(p.numel() for p in agent.parameters()):,}", flush=True)
-    in_log = not (sys.stdout.isatty() and sys.stderr.isatty())  # lines there, a bar on a terminal
-    bar = tqdm(total=total_steps, initial=global_step, unit=" steps", unit_scale=True, smoothing=0, disable=in_log)
-    start_time, start_step = time.time(), global_step
-    writer.flush()
+            fail(f"--track failed: {one_line(error)}")
 
-    # TRAINING. The state is kept in memory whenever an iteration's checkpoints and row are written. A signal saves the
-    # last such state and drops the iteration under way.
-    snapshot = make_snapshot(first_iteration - 1, state["test_return"] if resuming else None)
-    write_file(rolling_path, snapshot)
+    def archives(self, iteration: int) -> bool:
+        """Whether an iteration is archived; some early ones are, too, as half of all that is learnt is learnt early."""
+        return iteration % self.args.archive_interval == 0 or iteration in (1, 2, 4, 8, 16, 32)
+
+    def record(self, steps: dict, logprobs: torch.Tensor) -> None:
+        """Keep a rollout for the recording: take_steps()' and the log-probabilities, (num_steps, num_envs)."""
+        self.rollout = [{**steps, "log_probs": logprobs.cpu().numpy().copy()}]
+
+    def end_iteration(self, metrics: dict) -> None:
+        """Log an iteration and keep its state in memory; archive and save it when it is time to."""
+        self.iteration += 1
+        self.recorded += self.rollout
+        step = self.iteration * self.batch_size
+        speed = (step - self.start_step) / (time.time() - self.start_time)
+        self.rows.append({"iteration": self.iteration, "global_step": step, "charts/SPS": speed, **metrics})
+        for tag, value in {"charts/SPS": speed, **metrics}.items():
+            if not math.isnan(value):
+                self.writer.add_scalar(tag, value, step)
+        self.writer.flush()
+        self.write_table()
+        test_return = metrics["charts/test_return"]
+        self.keep(None if math.isnan(test_return) else test_return)
+        if self.archives(self.iteration):
+            self.write_evaluated("checkpoint", f"model_{self.iteration}_", test_return)
+        latest = self.state["carry"].latest_test_return
+        returns = f"train return {metrics['charts/episodic_return']:.2f}, test return {latest:.2f}"
+        self.bar.set_postfix_str(returns)
+        if self.iteration % self.args.log_interval == 0 or self.iteration == self.num_iterations:
+            self.save()
+            if self.in_log:
+                left = tqdm.format_interval((self.num_iterations - self.iteration) * self.batch_size / speed)
+                done = f"iteration {self.iteration}/{self.num_iterations}, {step:,} steps, {speed:.0f} steps/s"
+                print(f"{done}, {left} left, {returns}", flush=True)
+
+    def finish(self, test_return: float) -> None:
+        path = self.write_evaluated("final", "model_", test_return)
+        if self.args.save_dataset:
+            self.describe_recording(complete=True)
+        self.bar.close()
+        self.writer.close()
+        self.held.release()
+        print(f"done: {path}, mean return {test_return:.2f} in {self.args.num_eval_episodes} test episodes")
+
+    def __exit__(self, kind, error, _):
+        """Whatever ends the run early: save the last complete iteration first."""
+        if kind is None:
+            return
+        self.bar.close()
+        with contextlib.suppress(OSError) if isinstance(error, OSError) else contextlib.nullcontext():
+            self.save()
+        if kind is Stopped:
+            saved = f"saved after iteration {self.iteration}; the same command with --resume continues"
+            print(f"stopped by {error}, {saved}", flush=True)
+            sys.exit(EXIT_STOPPED)
+
+    def keep(self, test_return: float | None) -> None:
+        """Copy the state of a completed iteration: what save() writes, now or when something ends the run."""
+        counts = {"iteration": self.iteration, "global_step": self.iteration * self.batch_size}
+        self.header |= {**counts, "test_return": test_return}
+        self.snapshot = {**self.header, "machine": describe_machine(self.device), **freeze(self.state)}
+
+    def save(self) -> None:
+        if self.recorded:
+            chunk = {name: np.concatenate([part[name] for part in self.recorded]) for name in self.recorded[0]}
+            first_step = self.snapshot["iteration"] * self.args.num_steps - len(chunk["actions"])
+            buffer = io.BytesIO()
+            np.savez_compressed(buffer, **chunk)
+            write_file(self.recording / f"0_0_{first_step:08d}.npz", buffer.getvalue())
+            self.recorded = []
+        write_checkpoint(self.rolling, self.snapshot)
+
+    def write_table(self) -> None:
+        columns = dict.fromkeys(name for row in self.rows for name in row)  # a changed source may have others
+        text = io.StringIO()
+        writer = csv.DictWriter(text, columns, restval="nan", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self.rows)
+        write_file(self.table, text.getvalue().encode())
+
+    def write_evaluated(self, folder: str, prefix: str, test_return: float) -> Path:
+        """Write {prefix}{test return}.pt, then remove the one it replaces, whose name may have another return."""
+        keys = (*self.header, "model_state_dict", "optimizer_state_dict")
+        path = self.folder / folder / f"{prefix}{round(test_return, 2) + 0.0:.2f}.pt"  # + 0.0 turns -0.0 into 0.0
+        write_checkpoint(path, {**{key: self.snapshot[key] for key in keys}, "test_return": test_return})
+        for other in path.parent.iterdir():
+            if other != path and re.fullmatch(EVALUATED.replace("model_", prefix), other.name):
+                other.unlink()
+        return path
+
+    def open_recording(self) -> None:
+        """Drop what was recorded beyond the resumed iteration. Exits with code 2 if there is a gap before it."""
+        recorded = 0
+        for path in sorted(self.recording.glob("0_0_*.npz")):
+            first_step = int(path.stem[4:])
+            if first_step >= self.iteration * self.args.num_steps:
+                path.unlink()
+            else:
+                with np.load(path) as chunk:
+                    recorded = first_step + len(chunk["checksums"])
+        if recorded != self.iteration * self.args.num_steps:
+            fail(f"{self.recording} lacks steps before iteration {self.iteration + 1}; --no-save-dataset goes on", 2)
+        self.describe_recording(complete=False)
+
+    def describe_recording(self, complete: bool) -> None:
+        levels = ("env_id", "distribution_mode", "num_levels", "start_level")
+        streams = [{"seed": self.args.seed, "num_envs": self.args.num_envs}]
+        metadata = {"format": 1, "kind": "recording", **{name: getattr(self.args, name) for name in levels}}
+        metadata |= {key: self.header[key] for key in ("args", "xpid", "script", "script_sha256", "versions")}
+        metadata |= {"segments": [{"streams": streams}], "complete": complete}
+        write_file(self.recording / "metadata.json", json.dumps(metadata, indent=2).encode())
+
+
+def main() -> None:
+    args = tyro.cli(Args, description=__doc__)
+    args.xpid = default_xpid(args) if args.xpid is None else args.xpid
+    check_args(args)
+    keep_large_blocks()
     try:
-        for iteration in range(first_iteration, num_iterations + 1):
-            if args.anneal_lr:
-                optimizer.param_groups[0]["lr"] = (1 - (iteration - 1) / num_iterations) * args.learning_rate
-
-            # ROLLOUT
-            bar.set_description("rollout")
-            for step in range(args.num_steps):
-                stop_if_asked()
-                obs[step], dones[step] = next_obs, next_done
-                with torch.inference_mode():
-                    actions[step], logprobs[step], _, values[step] = agent.get_action_and_value(next_obs)
-                next_frames, reward, terminated, _, infos = envs.step(actions[step].cpu().numpy())
-                rewards[step] = torch.from_numpy(reward)
-                next_obs, next_done = torch.from_numpy(next_frames).to(device), torch.tensor(terminated, device=device)
-                if "episode" in infos:
-                    level_complete.extend(infos["prev_level_complete"][infos["_episode"]].tolist())
-                bar.update(args.num_envs)
-            global_step += batch_size
-
-            # ADVANTAGES
-            with torch.inference_mode():
-                next_value = agent.get_value(next_obs)
-            gae = compute_gae(rewards, values, dones, next_value, next_done, args.gamma, args.gae_lambda)
-            b_advantages, b_returns = (x.flatten() for x in gae)
-            b_values = values.flatten()
-            batch = (obs.flatten(0, 1), actions.flatten(), logprobs.flatten(), b_returns, b_values)
-
-            # UPDATE. Nothing waits for the device, but for target_kl; the losses' sums are read once, at the end.
-            # A minibatch's gradient is summed over chunks of it. On a CPU small chunks stay in the cache.
-            chunk_size = minibatch_size if device.type == "cuda" else CPU_CHUNK
-            loss_sums, updates = torch.zeros(len(LOSSES) + 1, device=device), 0
-            for epoch in range(args.update_epochs):
-                bar.set_description(f"update {epoch + 1}/{args.update_epochs}")
-                for minibatch in torch.randperm(batch_size, device=device).split(minibatch_size):
-                    advantages = b_advantages[minibatch]
-                    if args.norm_adv:
-                        advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
-                    mb_losses = torch.zeros(len(LOSSES), device=device)
-                    optimizer.zero_grad()
-                    for chunk, chunk_advantages in zip(minibatch.split(chunk_size), advantages.split(chunk_size)):
-                        stop_if_asked()
-                        loss, parts = ppo_loss(agent, *(x[chunk] for x in batch), chunk_advantages, args)
-                        share = len(chunk) / minibatch_size
-                        (loss * share).backward()
-                        mb_losses += parts * share
-                    grad_norm = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
-                    optimizer.step()
-                    loss_sums += torch.cat([mb_losses, grad_norm[None]])
-                    updates += 1
-                if args.target_kl is not None and mb_losses[LOSSES.index("approx_kl")] > args.target_kl:
-                    break
-            losses = dict(zip((*LOSSES, "grad_norm"), (loss_sums / updates).tolist()))
-            if not all(map(math.isfinite, losses.values())):
-                fail(f"the losses of iteration {iteration} are not finite: {losses}; try a smaller --learning-rate")
-            losses["explained_variance"] = (1 - (b_returns - b_values).var() / b_returns.var()).item()
-
-            # EVALUATION
-            test_return = test_length = test_complete = math.nan
-            if iteration % args.archive_interval == 0 or iteration == num_iterations:
-                bar.set_description("evaluate")
-                episodes = evaluate(agent, test_envs, test_start, args.seed, device)
-                test_return, test_length, test_complete = (float(x.mean()) for x in episodes)
-                latest_test_return = test_return
-                evaluated = make_checkpoint(iteration, test_return)
-                if iteration % args.archive_interval == 0:
-                    write_evaluated(run_dir / "checkpoint", f"model_{iteration}_", test_return, evaluated)
-                if iteration == num_iterations:
-                    final_path = write_evaluated(run_dir / "final", "model_", test_return, evaluated)
-
-            # METRICS
-            speed = (global_step - start_step) / (time.time() - start_time)
-            train_return, train_length, train_complete = (
-                sum(map(float, last)) / len(last) if last else math.nan  # of the last 100 training episodes
-                for last in (envs.return_queue, envs.length_queue, level_complete)
-            )
-            metrics = {
-                "charts/SPS": speed,
-                "charts/learning_rate": optimizer.param_groups[0]["lr"],
-                "charts/episodic_return": train_return,
-                "charts/episodic_length": train_length,
-                "charts/level_complete": train_complete,
-                "charts/test_return": test_return,
-                "charts/test_length": test_length,
-                "charts/test_level_complete": test_complete,
-                **{f"losses/{name}": value for name, value in losses.items()},
-            }
-            for tag, value in metrics.items():
-                if not math.isnan(value):
-                    writer.add_scalar(tag, value, global_step)
-            writer.flush()
-            row = {"iteration": iteration, "global_step": global_step, **metrics}
-            progress = progress or [",".join(row)]  # the header
-            progress.append(",".join(map(str, row.values())))
-            write_file(progress_path, "\n".join([*progress, ""]).encode())
-            returns = f"train return {train_return:.2f}, test return {latest_test_return:.2f}"
-            bar.set_postfix_str(returns)
-
-            snapshot = make_snapshot(iteration, None if math.isnan(test_return) else test_return)
-            if iteration % args.log_interval == 0 or iteration == num_iterations:
-                write_file(rolling_path, snapshot)
-                if in_log:
-                    left = tqdm.format_interval((num_iterations - iteration) * batch_size / speed)
-                    done = f"iteration {iteration}/{num_iterations}, {global_step:,} steps, {speed:.0f} steps/s"
-                    print(f"{done}, {left} left, {returns}", flush=True)
-    except Stopped as stop:
-        write_file(rolling_path, snapshot)
-        bar.close()
-        print(f"stopped by {stop}, saved after iteration {iteration - 1}; the same command with --resume continues")
-        sys.exit(EXIT_STOPPED)
+        train(args)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        fail("whoever read the output has gone; the same command with --resume continues")
     except OSError as error:
-        bar.close()
-        fail(f"{error.filename or log_dir} could not be written: {error.strerror or error}")
-    bar.close()
-    writer.close()
-    run_lock.release()
-    print(f"done: {final_path}, mean return {test_return:.2f} in {args.num_eval_episodes} test episodes")
+        fail(f"{error.filename or args.model_saving_dir} could not be used: {error.strerror or error}")
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        fail(f"there is not enough memory ({one_line(error)}); lower --num-envs, --num-steps or --hidden-size")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,165 @@
+"""Checks that a training script resumes exactly: for your own forks of ppo_procgen.py.
+
+    python tests/check_resume.py my_procgen.py                               # at tiny sizes, some minutes
+    python tests/check_resume.py my_procgen.py --env-id miner --my-coef 0.1  # with arguments of yours
+
+Runs the script once undisturbed, then again and again with SIGTERM or SIGKILL in the middle of something (a rollout, an
+update, a write) followed by --resume, and compares everything in the run folders: weights, optimizer, games, random
+generators, progress.csv, the recording. Prints what differs. Exit codes: 0 nothing differs, 1 something does.
+"""
+
+import csv
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+
+# Six iterations of 64 steps: saved after 2, 4 and 6, archived after 1, 2, 3, 4 and 6.
+SIZES = {"num-envs": 4, "num-steps": 16, "num-minibatches": 2, "total-timesteps": 384, "update-epochs": 2}
+SIZES |= {"log-interval": 2, "archive-interval": 3, "num-eval-episodes": 2, "env-id": "bossfight"}
+# What is counted, and when a process is stopped: at this share of all calls of the undisturbed run.
+MOMENTS = (
+    ("act", 0.15, signal.SIGKILL),  # a step of the games
+    ("act", 0.7, signal.SIGTERM),
+    ("backward", 0.4, signal.SIGKILL),
+    ("backward", 0.95, signal.SIGTERM),
+    ("replace", 0.0, signal.SIGKILL),  # the renaming of a finished file: the first one,
+    ("replace", 0.5, signal.SIGKILL),
+    ("replace", 0.8, signal.SIGKILL),
+    ("replace", 1.0, signal.SIGKILL),  # and the last
+)
+
+
+def command(script: Path, arguments: list) -> list:
+    given = {argument.split("=")[0].lstrip("-").replace("_", "-") for argument in arguments}
+    sizes = [word for name, value in SIZES.items() if name not in given for word in (f"--{name}", str(value))]
+    return [str(script.resolve()), *sizes, *arguments, "--resume"]
+
+
+def run_and_count(words: list, what: str, fatal_call: int, signum: int) -> dict:
+    """Run a script in this process; on a certain call of what is counted, send a signal to it. Returns the counts."""
+    import procgen
+
+    counts = {}
+
+    def counted(name, original):
+        def call(*args, **kwargs):
+            counts[name] = counts.get(name, 0) + 1
+            if (name, counts[name]) == (what, fatal_call):
+                os.kill(os.getpid(), signum)
+            return original(*args, **kwargs)
+
+        return call
+
+    os.replace = counted("replace", os.replace)
+    torch.Tensor.backward = counted("backward", torch.Tensor.backward)
+    procgen.ProcgenGym3Env.act = counted("act", procgen.ProcgenGym3Env.act)
+    sys.argv = words
+    runpy.run_path(words[0], run_name="__main__")
+    return counts
+
+
+def launch(words: list, folder: Path, what="", fatal_call=0, signum=0) -> subprocess.CompletedProcess:
+    folder.mkdir(exist_ok=True)
+    child = [sys.executable, __file__, "--child", what, str(fatal_call), str(int(signum)), *words]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # as fast at these sizes, and several run side by side
+    return subprocess.run(child, cwd=folder, env=environment, capture_output=True, text=True)
+
+
+def run_undisturbed(script: Path, arguments: list, folder: Path) -> dict:
+    """Run a script to its end in folder. Returns how often each of what is counted was called."""
+    process = launch(command(script, arguments), folder)
+    if process.returncode:
+        sys.exit(f"{script} failed undisturbed:\n{process.stdout}{process.stderr}")
+    return eval(process.stdout.splitlines()[-1], {})  # the dict that the child has printed
+
+
+def run_disturbed(script: Path, arguments: list, folder: Path, counts: dict, moment: tuple) -> list:
+    """Run a script in folder, end it at a moment, resume it to its end. Returns what went wrong."""
+    what, share, signum = moment
+    words = command(script, arguments)
+    process = launch(words, folder, what, max(1, round(share * counts[what])), signum)
+    expected = 75 if signum == signal.SIGTERM else -signum
+    if process.returncode != expected:
+        return [f"the exit code was {process.returncode}, not {expected}: {process.stderr[-1000:]}"]
+    process = launch(words, folder)
+    if process.returncode:
+        return [f"the resumed run failed with {process.returncode}: {process.stderr[-1000:]}"]
+    return []
+
+
+def differences(one, other, name="") -> list:
+    """Names of what differs between two trees of dicts, sequences, tensors and plain values."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        missing = [f"{name}.{key} is in one only" for key in one.keys() ^ other.keys()]
+        return missing + [
+            x for key in one.keys() & other.keys() for x in differences(one[key], other[key], f"{name}.{key}")
+        ]
+    if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)) and len(one) == len(other):
+        return [x for i, pair in enumerate(zip(one, other)) for x in differences(*pair, f"{name}[{i}]")]
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        same = one.dtype == other.dtype and torch.equal(one, other)
+    else:
+        same = type(one) is type(other) and (one == other or (one != one and other != other))
+    return [] if same else [name]
+
+
+def read_run(folder: Path) -> dict:
+    """Everything in a run folder, but for clocks and the boundaries of a recording's chunks."""
+    (run,) = folder.glob("models/*/*/")
+    files = [path for path in run.rglob("*") if path.is_file() and path.name != ".lock" and "tfevents" not in path.name]
+    content = {str(path.relative_to(run)): None for path in files if path.suffix != ".npz"}
+    for path in files:
+        name = str(path.relative_to(run))
+        if path.suffix == ".pt":
+            content[name] = torch.load(path, weights_only=True)
+        elif path.suffix == ".csv":
+            with open(path) as file:
+                rows = list(csv.DictReader(file))
+            content[name] = [{key: value for key, value in row.items() if key != "charts/SPS"} for row in rows]
+    chunks = [dict(np.load(path)) for path in sorted(files) if path.suffix == ".npz"]
+    for key in chunks[0] if chunks else ():
+        content[f"recording {key}"] = np.concatenate([chunk[key] for chunk in chunks]).tolist()
+    return content
+
+
+def main() -> int:
+    if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
+        sys.exit(__doc__)
+    script, arguments, failed = Path(sys.argv[1]), sys.argv[2:], 0
+    with tempfile.TemporaryDirectory() as folder:
+        counts = run_undisturbed(script, arguments, Path(folder, "undisturbed"))
+        expected = read_run(Path(folder, "undisturbed"))
+        print(f"undisturbed: {counts['act']} steps of the games, {counts['backward']} backward passes", flush=True)
+
+        def check(moment):
+            where = Path(folder, str(MOMENTS.index(moment)))
+            wrong = run_disturbed(script, arguments, where, counts, moment)
+            return wrong or [f"differs: {name[1:]}" for name in differences(read_run(where), expected)]
+
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+            results = pool.map(check, MOMENTS)
+        for moment, wrong in zip(MOMENTS, results):
+            failed += bool(wrong)
+            print(
+                f"{moment[2].name} at {moment[1]:.0%} of {moment[0]}: {'FAILED' if wrong else 'the same'}", flush=True
+            )
+            for line in wrong[:10] + ([f"and {len(wrong) - 10} more"] if len(wrong) > 10 else []):
+                print(f"    {line}", flush=True)
+    print(f"{failed} of {len(MOMENTS)} continuations differ" if failed else "every continuation is exact")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--child"]:
+        what, fatal_call, signum, *words = sys.argv[2:]
+        print(run_and_count(words, what, int(fatal_call), int(signum)))
+    else:
+        sys.exit(main())
