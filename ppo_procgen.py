@@ -801,7 +801,7 @@ class Run:
         finals = [path for path in self.folder.glob("final/*.pt") if re.fullmatch(EVALUATED, path.name)]
         if self.iteration >= self.num_iterations and finals:
             print(f"{self.folder} is finished after iteration {self.iteration}; to train on, raise --total-timesteps")
-            sys.exit()
+            sys.exit(0)
         for name, part in self.state.items():
             try:
                 thaw(saved[name], part, name)

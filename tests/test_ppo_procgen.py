@@ -1,8 +1,13 @@
 """What ppo_procgen.py promises, on the real Procgen. Runs are real processes, compared bit for bit."""
 
 import csv
+import errno
 import fcntl
+import hashlib
 import importlib.util
+import inspect
+import json
+import math
 import os
 import pty
 import re
@@ -13,12 +18,16 @@ import struct
 import subprocess
 import sys
 import termios
+import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from check_resume import MOMENTS, differences, read_run, run_disturbed, run_undisturbed
 from conftest import assert_one_line, run_main, wait_for
+from procgen import ProcgenGym3Env
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import ppo_procgen
@@ -26,8 +35,8 @@ from ppo_procgen import Agent, Args, ProcgenVectorEnv
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = [sys.executable, str(ROOT / "ppo_procgen.py")]
-XPID = "starpilot-easy-200-ppo-lr0.0005-epoch3-mb2-v0.5-ha0.01_0"
-# Six iterations of 64 steps. Saved after 2, 4 and 6; archived after 3 and 6.
+XPID = "starpilot-easy-200-ppo-lr0.0005-epoch3-mb2-v0.5-ha0.01-num_envs4-num_steps16_0"
+# Six iterations of 64 steps. Saved after 2, 4 and 6; archived after 1, 2, 3, 4 and 6.
 SMALL = "--env-id starpilot --num-envs 4 --num-steps 16 --num-minibatches 2 --no-cuda".split()
 SMALL += "--total-timesteps 384 --log-interval 2 --archive-interval 3 --num-eval-episodes 2".split()
 
@@ -63,28 +72,21 @@ def progress(folder, xpid=XPID):
 
 
 def same(a, b):
-    """Whether two trees of dicts, sequences, tensors and plain values are equal, bit for bit."""
-    if isinstance(a, torch.Tensor):
-        return a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return a == b or (a != a and b != b)
+    return not differences(a, b)
 
 
 def assert_same_run(folder, reference, xpid=XPID):
     """The run in folder has left what the reference has: the same names, states and numbers, and nothing else."""
 
     def names(root):
-        return {str(path.relative_to(root)) for path in root.rglob("*")}
+        return {str(path.relative_to(root)) for path in root.rglob("*") if "tfevents" not in path.name}
 
     assert names(run_dir(folder, xpid)) == names(run_dir(reference))
     for path in run_dir(reference).rglob("*.pt"):
         ours, theirs = load(run_dir(folder, xpid) / path.relative_to(run_dir(reference))), load(path)
         for state in (ours, theirs):
-            state.pop("args"), state.pop("xpid")
-        assert same(ours, theirs), path.name
+            state.pop("args"), state.pop("xpid"), state.pop("machine", None)
+        assert not differences(ours, theirs), path.name
     assert progress(folder, xpid) == progress(reference)
     ours, theirs = scalars(folder, xpid), scalars(reference)
     assert ours.keys() == theirs.keys()
@@ -94,7 +96,7 @@ def assert_same_run(folder, reference, xpid=XPID):
 
 def scalars(folder, xpid=XPID):
     """TensorBoard's scalars as it would show them: {tag: [(step, value), ...]}."""
-    accumulator = EventAccumulator(str(folder / "runs" / "starpilot" / xpid), size_guidance={"scalars": 0})
+    accumulator = EventAccumulator(str(run_dir(folder, xpid)), size_guidance={"scalars": 0})
     accumulator.Reload()
     tags = accumulator.Tags()["scalars"]
     return {tag: [(event.step, event.value) for event in accumulator.Scalars(tag)] for tag in tags}
@@ -137,7 +139,7 @@ def test_gae_equals_a_naive_double_loop():
 def loss_inputs(n=24):
     """A rollout of n samples on which every branch of the clipping is taken."""
     torch.manual_seed(1)
-    agent = Agent(hidden_size=32)
+    agent = Agent(Args(hidden_size=32))
     torch.nn.init.orthogonal_(agent.actor.weight, 3.0)  # far from uniform, so that ratios leave the clipping range
     obs = torch.randint(0, 256, (n, 64, 64, 3), dtype=torch.uint8)
     actions = torch.randint(0, 15, (n,))
@@ -206,7 +208,7 @@ def test_rewards_are_divided_by_the_standard_deviation_of_the_discounted_return(
 
 def test_heads_start_with_a_near_uniform_policy_and_uint8_frames_are_scaled_to_one():
     torch.manual_seed(0)
-    agent = Agent(hidden_size=256)
+    agent = Agent(Args())
     weight = agent.actor.weight / 0.01
     torch.testing.assert_close(weight @ weight.T, torch.eye(15))
     assert agent.critic.weight.norm().item() == pytest.approx(1.0, rel=1e-5)
@@ -220,12 +222,109 @@ def test_heads_start_with_a_near_uniform_policy_and_uint8_frames_are_scaled_to_o
 def test_the_gradient_summed_over_chunks_is_that_of_the_minibatch(tmp_path, monkeypatch):
     one = ("--total-timesteps", "64", "--max-grad-norm", "1e9")
     assert train(tmp_path, *one, "--xpid", "whole").returncode == 0
-    monkeypatch.setattr(ppo_procgen, "CPU_CHUNK", 10)  # of minibatches of 32: three of 10 and one of 2
+    monkeypatch.setitem(ppo_procgen.CHUNK, "cpu", 10)  # of minibatches of 32: three of 10 and one of 2
     assert train(tmp_path, *one, "--xpid", "chunks").returncode == 0
     (whole,), (chunks,) = progress(tmp_path, "whole"), progress(tmp_path, "chunks")
     for tag in whole:
         if tag.startswith("losses/"):
             assert float(chunks[tag]) == pytest.approx(float(whole[tag]), rel=1e-3, abs=1e-6), tag
+
+
+# Three iterations of 160 steps. With seed 1, episodes end within a rollout and in the last step of the second one.
+JUMPER = (
+    "--env-id jumper --seed 1 --num-envs 8 --num-steps 20 --num-minibatches 2 --update-epochs 2 --gamma 0.9".split()
+)
+JUMPER += "--total-timesteps 320 --num-levels 40 --gae-lambda 0.8 --max-grad-norm 0.05 --ent-coef 0.05".split()
+JUMPER += "--num-eval-episodes 1 --archive-interval 100 --adam-eps 0.001 --no-cuda --save-dataset".split()
+
+
+@pytest.fixture(scope="module")
+def jumper(tmp_path_factory):
+    """A folder with two of the three iterations."""
+    folder = tmp_path_factory.mktemp("jumper")
+    process = run_main(ppo_procgen, JUMPER, folder)
+    assert process.returncode == 0, process.stderr
+    return folder
+
+
+def plain_ppo(num_iterations, num_envs=8, num_steps=20, gamma=0.9, gae_lambda=0.8):
+    """PPO as in the paper: whole minibatches, loops, float64 returns. Yields weights, dones and a variance."""
+    torch.manual_seed(1)
+    agent = Agent(Args())
+    optimizer = torch.optim.Adam(agent.parameters(), lr=5e-4, eps=0.001)
+    games = ProcgenGym3Env(num_envs, "jumper", distribution_mode="easy", start_level=0, num_levels=40, rand_seed=1)
+    discounted, count, mean, var = np.zeros(num_envs), 1e-4, 0.0, 1.0
+    for _ in range(num_iterations):
+        frames, actions, log_probs, values, rewards, ends = [], [], [], [], [], []
+        for _ in range(num_steps):
+            frames.append(torch.from_numpy(games.observe()[1]["rgb"].copy()))
+            with torch.no_grad():
+                logits, value = agent(frames[-1])
+            policy = torch.distributions.Categorical(logits=logits)
+            actions.append(policy.sample())
+            log_probs.append(policy.log_prob(actions[-1]))
+            values.append(value.double())
+            games.act(actions[-1].numpy())
+            reward, _, end = games.observe()
+            discounted = gamma * discounted + reward
+            total = count + num_envs  # the moments of all discounted returns so far
+            new_mean = mean + (discounted.mean() - mean) * num_envs / total
+            spread = var * count + discounted.var() * num_envs
+            var = (spread + (discounted.mean() - mean) ** 2 * count * num_envs / total) / total
+            mean, count = new_mean, total
+            discounted[end] = 0
+            rewards.append(torch.from_numpy(np.clip(reward / np.sqrt(var + 1e-8), -10, 10)))
+            ends.append(torch.from_numpy(end.copy()))
+        with torch.no_grad():
+            values.append(agent(torch.from_numpy(games.observe()[1]["rgb"].copy()))[1].double())
+        advantages = torch.zeros(num_steps, num_envs, dtype=torch.float64)
+        for env in range(num_envs):
+            for t in range(num_steps):
+                weight = 1.0
+                for k in range(t, num_steps):
+                    after = 0.0 if ends[k][env] else gamma * values[k + 1][env]
+                    advantages[t, env] += weight * (rewards[k][env] + after - values[k][env])
+                    if ends[k][env]:
+                        break
+                    weight *= gamma * gae_lambda
+        columns = (torch.cat(column) for column in (frames, actions, log_probs, values[:-1]))
+        frames, actions, log_probs, values = columns
+        advantages, returns = advantages.flatten(), advantages.flatten() + values
+        for _ in range(2):
+            order = torch.randperm(num_envs * num_steps)
+            for picked in (order[: len(order) // 2], order[len(order) // 2 :]):
+                advantage = advantages[picked]
+                advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
+                logits, value = agent(frames[picked])
+                policy = torch.distributions.Categorical(logits=logits)
+                ratio = (policy.log_prob(actions[picked]) - log_probs[picked]).exp()
+                gain = torch.min(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage).mean()
+                moved = values[picked] + (value - values[picked]).clamp(-0.2, 0.2)
+                error = torch.max((value - returns[picked]) ** 2, (moved - returns[picked]) ** 2).mean() / 2
+                optimizer.zero_grad()
+                (-gain + 0.5 * error - 0.05 * policy.entropy().mean()).backward()
+                norm = torch.sqrt(sum((p.grad**2).sum() for p in agent.parameters()))
+                for p in agent.parameters():
+                    p.grad *= min(1.0, 0.05 / norm)
+                optimizer.step()
+        yield agent.state_dict(), ends, float(1 - (returns - values).var() / returns.var())
+
+
+def test_iterations_of_main_end_in_the_weights_of_a_plain_ppo_loop(jumper, tmp_path):
+    shutil.copytree(jumper, tmp_path / "run")
+    process = run_main(ppo_procgen, [*JUMPER, "--resume", "--total-timesteps", "480"], tmp_path / "run")
+    assert process.returncode == 0, process.stderr
+    *_, (_, second, _), (weights, _, _) = results = list(plain_ppo(3))
+    assert second[-1].any() and any(end.any() for end in second[:-1])  # episodes ended on the edge and within
+    (run,) = (tmp_path / "run").glob("models/jumper/*")
+    trained = load(run / "rolling" / "model.pt")["model_state_dict"]
+    for name, expected in weights.items():
+        torch.testing.assert_close(trained[name], expected, rtol=0, atol=5e-6)
+    with open(run / "progress.csv") as file:
+        explained = [float(row["losses/explained_variance"]) for row in csv.DictReader(file)]
+    assert explained == pytest.approx([variance for _, _, variance in results], abs=1e-4)
+    recorded = [np.load(path)["dones"] for path in sorted(run.glob("rollouts/*.npz"))]
+    np.testing.assert_array_equal(np.concatenate(recorded)[20:40], torch.stack(second))
 
 
 # THE GAMES
@@ -259,6 +358,14 @@ def test_training_levels_are_the_range_and_test_levels_everything_above():
     assert level_seeds(ppo_procgen.make_envs(args).unwrapped) == set(range(7, 12))
     tested = level_seeds(ppo_procgen.make_test_envs(args))
     assert min(tested) >= 12 and max(tested) > 10**6
+
+
+def test_the_test_levels_are_exactly_those_above_the_training_levels():
+    """Near the top of the range few are left, and each of them is met."""
+    args = Args(env_id="bossfight", start_level=2**31 - 12, num_levels=5, num_envs=16, num_eval_episodes=16)
+    top = 2**31 - 1
+    assert level_seeds(ppo_procgen.make_envs(args).unwrapped, 800) == set(range(top - 11, top - 6))
+    assert level_seeds(ppo_procgen.make_test_envs(args), 800) == set(range(top - 6, top))
 
 
 def test_no_end_of_the_level_range_keeps_start_level():
@@ -300,7 +407,7 @@ def test_evaluation_plays_one_episode_in_each_environment():
     envs, device = ppo_procgen.make_test_envs(args), torch.device("cpu")
     start = envs.get_state()
     torch.manual_seed(0)
-    agent = Agent(32)
+    agent = Agent(Args(hidden_size=32))
     returns, lengths, complete = ppo_procgen.evaluate(agent, envs, start, 5, device)
 
     obs, episodes = envs.set_state(start), {}
@@ -319,7 +426,7 @@ def test_evaluation_plays_one_episode_in_each_environment():
 
 def test_evaluation_is_repeatable_and_leaves_the_random_generator_alone():
     envs, device = ppo_procgen.make_test_envs(Args(env_id="bossfight", num_eval_episodes=3)), torch.device("cpu")
-    start, agent, before = envs.get_state(), Agent(32), torch.get_rng_state()
+    start, agent, before = envs.get_state(), Agent(Args(hidden_size=32)), torch.get_rng_state()
     first = ppo_procgen.evaluate(agent, envs, start, 0, device)
     assert torch.equal(torch.get_rng_state(), before)
     torch.rand(1)  # the training goes on
@@ -331,21 +438,32 @@ def test_evaluation_is_repeatable_and_leaves_the_random_generator_alone():
 
 
 def test_files_and_names(uninterrupted):
-    names = {str(path.relative_to(run_dir(uninterrupted))) for path in run_dir(uninterrupted).rglob("*.*")} - {".lock"}
-    third = next(run_dir(uninterrupted).glob("checkpoint/model_3_*.pt"))
-    sixth = next(run_dir(uninterrupted).glob("checkpoint/model_6_*.pt"))
-    last = next(run_dir(uninterrupted).glob("final/model_*.pt"))
-    archived = {f"checkpoint/{third.name}", f"checkpoint/{sixth.name}", f"final/{last.name}"}
-    assert names == {"rolling/model.pt", "progress.csv"} | archived
-    for path, iteration in ((third, 3), (sixth, 6), (last, 6)):
-        state = load(path)
-        assert float(re.search(r"_(-?\d+\.\d\d)\.pt$", path.name)[1]) == pytest.approx(state["test_return"], abs=0.005)
+    files = [path.relative_to(run_dir(uninterrupted)) for path in run_dir(uninterrupted).rglob("*") if path.is_file()]
+    names = {str(path) for path in files if "tfevents" not in path.name}
+    archived = {path.name for path in run_dir(uninterrupted).glob("checkpoint/*")}
+    assert {name.rsplit("_", 1)[0] for name in archived} == {f"model_{i}" for i in (1, 2, 3, 4, 6)}
+    (last,) = (path.name for path in run_dir(uninterrupted).glob("final/*"))
+    checkpoints = {f"checkpoint/{name}" for name in archived} | {f"final/{last}", "rolling/model.pt"}
+    assert names == checkpoints | {"progress.csv", ".lock", "ppo_procgen.py"} and len(files) == len(names) + 1
+    for name in checkpoints - {"rolling/model.pt"}:
+        state = load(run_dir(uninterrupted) / name)
+        iteration = int(re.search(r"model_(\d+)_", name)[1]) if "checkpoint" in name else 6
+        assert float(re.search(r"_(-?\d+\.\d\d)\.pt$", name)[1]) == pytest.approx(state["test_return"], abs=0.005)
         assert (state["format"], state["iteration"], state["global_step"]) == (1, iteration, 64 * iteration)
         assert state["xpid"] == XPID and state["args"]["env_id"] == "starpilot"
         assert set(state["args"]) == set(vars(Args()))
         assert set(state["versions"]) == {"python", "torch", "numpy", "procgen"}
-        Agent(256).load_state_dict(state["model_state_dict"])
-    assert list((uninterrupted / "runs" / "starpilot" / XPID).glob("events.out.tfevents.*"))
+        Agent(Args()).load_state_dict(state["model_state_dict"])
+
+
+def test_a_run_keeps_the_source_that_made_it(uninterrupted):
+    source = (ROOT / "ppo_procgen.py").read_bytes()
+    assert (run_dir(uninterrupted) / "ppo_procgen.py").read_bytes() == source
+    state = final(uninterrupted)
+    assert (state["script"], state["script_sha256"]) == ("ppo_procgen.py", hashlib.sha256(source).hexdigest())
+    networks = (ppo_procgen.ResidualBlock, ppo_procgen.ConvSequence, Agent)
+    network = "".join(map(inspect.getsource, networks))
+    assert state["agent_sha256"] == hashlib.sha256(network.encode()).hexdigest()
 
 
 def test_progress_and_tensorboard_hold_the_same_numbers(uninterrupted):
@@ -355,8 +473,8 @@ def test_progress_and_tensorboard_hold_the_same_numbers(uninterrupted):
     for tag in rows[0].keys() - {"iteration", "global_step"}:
         expected = [(int(row["global_step"]), float(row[tag])) for row in rows if row[tag] != "nan"]
         assert tags[tag] == [(step, pytest.approx(value)) for step, value in expected], tag
-    assert [step for step, _ in tags["charts/test_return"]] == [192, 384]
-    text = EventAccumulator(str(uninterrupted / "runs" / "starpilot" / XPID)).Reload()
+    assert [step for step, _ in tags["charts/test_return"]] == [64, 128, 192, 256, 384]
+    text = EventAccumulator(str(run_dir(uninterrupted))).Reload()
     (panel,) = text.Tensors("hyperparameters/text_summary")
     assert b"|learning_rate|0.0005|" in panel.tensor_proto.string_val[0]
 
@@ -367,7 +485,7 @@ def test_returns_count_every_finished_episode(tmp_path):
     assert train(tmp_path, *sizes, "--xpid", "x").returncode == 0
     envs = ProcgenVectorEnv(8, "starpilot", "easy", 0, 200, seed=0)
     torch.manual_seed(0)
-    agent, obs = Agent(256), envs.reset()[0]
+    agent, obs = Agent(Args()), envs.reset()[0]
     running, returns, lengths, steps = np.zeros(8), [], [], np.zeros(8)
     for _ in range(200):
         with torch.inference_mode():
@@ -400,7 +518,7 @@ def test_log_archive_and_evaluation_settings_do_not_change_the_weights(uninterru
 
 def test_a_log_file_gets_plain_lines(tmp_path):
     lines = launch(tmp_path).stdout.splitlines()
-    assert any("models/starpilot/" + XPID in line for line in lines)
+    assert any(f"models/starpilot/{XPID}" in line for line in lines)
     assert any("384 (6 iterations of 64)" in line for line in lines)
     assert any("626,256" in line for line in lines)
     saved = [line.split(",")[0] for line in lines if line.startswith("iteration")]
@@ -424,56 +542,81 @@ def test_a_terminal_gets_a_bar(tmp_path):
 
 # RESUME
 
-# Runs main() with one function replaced, so that the process is killed in the middle of what is under way.
-KILLED = """
-import os, signal, sys
-sys.path.insert(0, {root!r})
-import ppo_procgen
-module, name, fatal_call = {where}, {name!r}, {fatal_call}
-original, calls = getattr(module, name), 0
-def dying(*args, **kwargs):
-    global calls
-    calls += 1
-    if calls == fatal_call:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return original(*args, **kwargs)
-setattr(module, name, dying)
-ppo_procgen.main()
-"""
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """A run with --save-dataset that nothing disturbed: its content, and the counts of check_resume."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    counts = run_undisturbed(ROOT / "ppo_procgen.py", RECORDED, folder)
+    return read_run(folder), counts
 
 
-def killed(folder, where, name, fatal_call):
-    code = KILLED.format(root=str(ROOT), where=where, name=name, fatal_call=fatal_call)
-    process = subprocess.run([sys.executable, "-c", code, *SMALL, "--resume"], cwd=folder, capture_output=True)
-    assert process.returncode == -signal.SIGKILL, process.stderr
+RECORDED = ["--save-dataset", "--no-cuda"]
 
 
-@pytest.mark.parametrize(
-    "moments",
-    [
-        # 16 steps, 6 backward passes an iteration; the order of files is rolling 0 | csv 1 | csv 2, rolling 2 |
-        # model_3, csv 3 | csv 4, rolling 4 | csv 5 | model_6, final, csv 6, rolling 6
-        pytest.param([("os", "replace", 1)], id="during the first save"),
-        pytest.param([("ppo_procgen", "ppo_loss", 3)], id="in the first iteration"),
-        pytest.param([("os", "replace", 4)], id="during the second save"),
-        pytest.param([("os", "fsync", 8)], id="during the third save"),
-        pytest.param([("ppo_procgen.ProcgenVectorEnv", "step_wait", 40)], id="mid-rollout"),
-        pytest.param([("ppo_procgen", "ppo_loss", 27)], id="mid-update"),
-        pytest.param([("ppo_procgen", "evaluate", 1)], id="at an evaluation"),
-        pytest.param([("os", "replace", 6)], id="after a checkpoint is archived"),
-        pytest.param([("ppo_procgen", "evaluate", 2)], id="before the final checkpoint"),
-        pytest.param([("os", "replace", 12)], id="after the final checkpoint"),
-        pytest.param([("ppo_procgen", "ppo_loss", 20), ("ppo_procgen", "ppo_loss", 15)], id="twice"),
-    ],
-)
-def test_a_killed_run_ends_like_one_that_was_not(uninterrupted, tmp_path, moments):
-    for moment in moments:
-        killed(tmp_path, *moment)
-        for path in run_dir(tmp_path).rglob("*.pt"):  # whatever is there under its name is whole
-            load(path)
-    process = launch(tmp_path, "--resume")
-    assert process.returncode == 0, process.stderr
-    assert_same_run(tmp_path, uninterrupted)
+def test_a_run_that_was_stopped_or_killed_ends_like_one_that_was_not(undisturbed, tmp_path):
+    """In a rollout, an update or a write: weights, optimizer, games, generators, table, recording are the same."""
+    expected, counts = undisturbed
+
+    def check(i):
+        wrong = run_disturbed(ROOT / "ppo_procgen.py", RECORDED, tmp_path / str(i), counts, MOMENTS[i])
+        return wrong or differences(read_run(tmp_path / str(i)), expected)
+
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(check, range(len(MOMENTS)))) == [[] for _ in MOMENTS]
+    assert {"recording actions", "progress.csv", "rolling/model.pt"} < expected.keys()
+
+
+def test_check_resume_names_what_a_fork_forgot(tmp_path):
+    """A fork that mixes the mean of its past frames into every frame, and keeps that mean outside of carry."""
+    source = (ROOT / "ppo_procgen.py").read_text()
+    rollout = "                obs[step], dones[step] = carry.next_obs, carry.next_done\n"
+    mixed = "                past = (past * 0.9 + carry.next_obs.float() * 0.1)\n" + rollout.replace(
+        "= carry.next_obs", "= (carry.next_obs * 0.5 + past * 0.5).to(torch.uint8)"
+    )
+    fork = source.replace(
+        "    test = None  #", "    past = torch.zeros((args.num_envs, 64, 64, 3), device=device)\n    test = None  #"
+    )
+    fork = fork.replace(rollout, mixed)
+    kept = fork.replace("    past = torch.zeros(", "    carry.past = torch.zeros(").replace(
+        "past = (past * 0.9", "carry.past = (carry.past * 0.9"
+    )
+    kept = kept.replace("+ past * 0.5", "+ carry.past * 0.5")
+    moment = ("act", 0.7, signal.SIGKILL)
+
+    def check(name, text):
+        script = tmp_path / f"{name}_procgen.py"
+        script.write_text(text)
+        counts = run_undisturbed(script, ["--no-cuda"], tmp_path / f"{name}_undisturbed")
+        assert not run_disturbed(script, ["--no-cuda"], tmp_path / name, counts, moment)
+        return differences(read_run(tmp_path / name), read_run(tmp_path / f"{name}_undisturbed"))
+
+    with ThreadPoolExecutor(2) as pool:
+        forgotten, kept = pool.map(check, ("forgetful", "careful"), (fork, kept))
+    assert any("model_state_dict" in name for name in forgotten)
+    assert kept == []
+
+
+def stop_at_once(monkeypatch):
+    """Let the next run be stopped after it has restored its state, before its first step."""
+
+    def stop():
+        raise ppo_procgen.Stopped("a test")
+
+    monkeypatch.setattr(ppo_procgen, "stop_if_asked", stop)
+
+
+def test_a_resumed_run_has_every_piece_of_its_state(jumper, tmp_path, monkeypatch):
+    """Of a run that was saved with an episode that ended in the last step of its rollout."""
+    folder = tmp_path / "jumper"
+    shutil.copytree(jumper, folder)
+    (run,) = folder.glob("models/jumper/*")
+    before = load(run / "rolling" / "model.pt")
+    assert before["carry"]["next_done"]["numpy"].any() and before["carry"]["level_complete"]
+    stop_at_once(monkeypatch)
+    assert run_main(ppo_procgen, [*JUMPER, "--resume", "--total-timesteps", "640"], folder).returncode == 75
+    before["args"] |= {"resume": True, "total_timesteps": 640}
+    assert not differences(load(run / "rolling" / "model.pt"), before)
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR2])
@@ -510,11 +653,33 @@ def test_resuming_a_finished_run_says_so_and_changes_nothing(uninterrupted):
     assert {path: path.read_bytes() for path in uninterrupted.rglob("*") if path.is_file()} == before
 
 
-def test_a_run_can_be_made_longer(uninterrupted, tmp_path):
-    assert train(tmp_path, "--total-timesteps", "200").returncode == 0  # three iterations
-    assert final(tmp_path)["iteration"] == 3
+def test_a_run_can_be_made_longer_and_has_no_final_checkpoint_meanwhile(uninterrupted, tmp_path, monkeypatch):
+    assert train(tmp_path, "--total-timesteps", "200", "--archive-interval", "100").returncode == 0  # three iterations
+    own = run_dir(tmp_path) / "final" / "model_keep_me.pt"
+    own.write_bytes(b"a copy of the user's")
+    (end,) = run_dir(tmp_path).glob("final/model_*.??.pt")
+    with monkeypatch.context() as patch:
+        stop_at_once(patch)
+        assert train(tmp_path, "--resume").returncode == 75
+    assert list(run_dir(tmp_path).glob("final/*")) == [own]
+    assert load(run_dir(tmp_path) / "checkpoint" / end.name.replace("model_", "model_3_"))["iteration"] == 3
     assert train(tmp_path, "--resume").returncode == 0
+    own.unlink()
     assert_same_run(tmp_path, uninterrupted)
+
+
+def test_a_larger_total_can_be_taken_back(uninterrupted, tmp_path, monkeypatch):
+    """The run has gone beyond the new total: it ends where it is, with a final checkpoint of that."""
+    shutil.copytree(uninterrupted, tmp_path / "run")
+    with monkeypatch.context() as patch:
+        stop_at_once(patch)
+        assert train(tmp_path / "run", "--resume", "--total-timesteps", "1000000").returncode == 75
+    assert not list(run_dir(tmp_path / "run").glob("final/*"))
+    process = train(tmp_path / "run", "--resume", "--total-timesteps", "320")
+    assert process.returncode == 0, process.stderr
+    assert same(final(tmp_path / "run")["model_state_dict"], final(uninterrupted)["model_state_dict"])
+    assert final(tmp_path / "run")["test_return"] == final(uninterrupted)["test_return"]
+    assert "is finished after iteration 6" in train(tmp_path / "run", "--resume").stdout
 
 
 def test_resuming_with_other_arguments_names_them(uninterrupted):
@@ -523,14 +688,13 @@ def test_resuming_with_other_arguments_names_them(uninterrupted):
     assert process.returncode == 2
     assert_one_line(process.stderr, "--learning-rate was 0.0005, is 0.001", "--num-levels was 200, is 0")
     assert "log-interval" not in process.stderr
-    assert train(uninterrupted, "--resume", "--total-timesteps", "128").returncode == 2
 
 
 def test_an_annealed_run_cannot_be_made_longer(tmp_path):
-    short = ("--anneal-lr", "--total-timesteps", "128")
+    short = ("--anneal-lr", "--total-timesteps", "128", "--xpid", "x")
     assert train(tmp_path, *short).returncode == 0
-    assert [float(row["charts/learning_rate"]) for row in progress(tmp_path)] == [0.0005, 0.00025]
-    process = train(tmp_path, "--anneal-lr", "--resume")
+    assert [float(row["charts/learning_rate"]) for row in progress(tmp_path, "x")] == [0.0005, 0.00025]
+    process = train(tmp_path, "--anneal-lr", "--xpid", "x", "--resume")
     assert process.returncode == 2
     assert_one_line(process.stderr, "--total-timesteps was 128, is 384")
 
@@ -553,13 +717,7 @@ def test_a_lost_rolling_checkpoint_is_an_error(uninterrupted, tmp_path):
     assert final(tmp_path / "copy")["iteration"] == 6
 
 
-def test_another_model_folder_does_not_take_over_the_tensorboard_folder(uninterrupted):
-    process = train(uninterrupted, "--model-saving-dir", "elsewhere")
-    assert process.returncode == 2
-    assert_one_line(process.stderr, f"runs/starpilot/{XPID}")
-
-
-def test_a_second_process_on_the_same_run_fails_at_once(tmp_path):
+def test_a_second_process_on_the_same_run_fails(tmp_path, monkeypatch):
     endless = ("--total-timesteps", "1000000")
     first = subprocess.Popen([*SCRIPT, *SMALL, *endless], cwd=tmp_path, stdout=subprocess.DEVNULL)
     try:
@@ -567,6 +725,12 @@ def test_a_second_process_on_the_same_run_fails_at_once(tmp_path):
         second = launch(tmp_path, "--resume", *endless)
         assert second.returncode == 1
         assert_one_line(second.stderr, XPID, "in use by another process")
+        # On a cluster the holder may be about to end: wait, then ask to be run again.
+        monkeypatch.setenv("SLURM_JOB_ID", "1")
+        monkeypatch.setattr(ppo_procgen, "LOCK_PATIENCE", 2)
+        waiting = train(tmp_path, "--resume", *endless)
+        assert waiting.returncode == 75
+        assert_one_line(waiting.stderr, "in use by another process, 2 s long")
     finally:
         first.kill()
         first.wait()
@@ -588,9 +752,261 @@ def test_a_new_run_can_start_from_a_checkpoint(uninterrupted, tmp_path):
 
 
 def test_target_kl_ends_the_epochs_early(tmp_path):
-    assert train(tmp_path, "--target-kl", "1e-9", "--total-timesteps", "64").returncode == 0
-    steps = {int(moments["step"]) for moments in final(tmp_path)["optimizer_state_dict"]["state"].values()}
+    assert train(tmp_path, "--target-kl", "1e-9", "--total-timesteps", "64", "--xpid", "x").returncode == 0
+    steps = {int(moments["step"]) for moments in final(tmp_path, "x")["optimizer_state_dict"]["state"].values()}
     assert steps == {2}  # one epoch of two minibatches instead of three
+
+
+def test_what_ends_a_run_early_saves_its_last_iteration_first(uninterrupted, tmp_path, monkeypatch):
+    """An exception, a diverged update and a full disk, all in iteration 4, with nothing due to be saved."""
+    gae, calls = ppo_procgen.compute_gae, []
+
+    def broken(*args):
+        calls.append(args)
+        if len(calls) == 4:
+            raise KeyError("a mistake in a fork")
+        return gae(*args)
+
+    often = ("--log-interval", "100", "--archive-interval", "100")
+    with monkeypatch.context() as patch, pytest.raises(KeyError):
+        patch.setattr(ppo_procgen, "compute_gae", broken)
+        train(tmp_path, *often)
+    assert load(run_dir(tmp_path) / "rolling" / "model.pt")["iteration"] == 3
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ppo_procgen, "compute_gae", lambda *args: [x * math.nan for x in gae(*args)])
+        process = train(tmp_path, *often, "--resume")
+    assert process.returncode == 1
+    assert_one_line(process.stderr, "training diverged in iteration 4", "--learning-rate")
+    assert load(run_dir(tmp_path) / "rolling" / "model.pt")["iteration"] == 3
+
+    def full(path, state):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ppo_procgen.Run, "write_table", lambda run: full(run.table, None))
+        process = train(tmp_path, *often, "--resume")
+    assert process.returncode == 1
+    assert_one_line(process.stderr, "progress.csv could not be used: No space left on device")
+    assert train(tmp_path, "--resume", *often).returncode == 0
+    assert same(final(tmp_path)["model_state_dict"], final(uninterrupted)["model_state_dict"])
+
+
+def test_weights_that_the_last_step_ruined_are_noticed(tmp_path):
+    one = "--learning-rate 1e30 --num-minibatches 1 --update-epochs 1 --total-timesteps 64 --xpid x".split()
+    process = train(tmp_path, *one)
+    assert process.returncode == 1
+    assert_one_line(process.stderr, "training diverged in iteration 1")
+    assert load(run_dir(tmp_path, "x") / "rolling" / "model.pt")["iteration"] == 0
+
+
+def test_a_reader_that_has_gone_is_not_a_full_disk(tmp_path):
+    command = " ".join([*SCRIPT, *SMALL, "--log-interval", "1"])
+    process = subprocess.run(["bash", "-c", f"{command} | head -1"], cwd=tmp_path, capture_output=True, text=True)
+    assert_one_line(process.stderr, "whoever read the output has gone", "--resume")
+    assert load(run_dir(tmp_path) / "rolling" / "model.pt")["iteration"] >= 0
+
+
+def test_a_moved_run_is_resumed_where_it_is(uninterrupted, tmp_path):
+    assert train(tmp_path, "--total-timesteps", "128", "--archive-interval", "100").returncode == 0
+    (tmp_path / "elsewhere" / "starpilot").mkdir(parents=True)
+    run_dir(tmp_path).rename(tmp_path / "elsewhere" / "starpilot" / "renamed")
+    moved = ("--model-saving-dir", "elsewhere", "--xpid", "renamed", "--resume")
+    assert train(tmp_path, *moved).returncode == 0
+    (path,) = tmp_path.glob("elsewhere/starpilot/renamed/final/*.pt")
+    assert same(load(path)["model_state_dict"], final(uninterrupted)["model_state_dict"])
+    assert not (tmp_path / "models" / "starpilot" / "renamed").exists()
+
+
+def test_an_annealed_run_that_was_killed_ends_like_one_that_was_not(tmp_path):
+    arguments = ["--anneal-lr", "--no-cuda", "--env-id", "starpilot"]
+    script, moment = ROOT / "ppo_procgen.py", ("backward", 0.6, signal.SIGKILL)
+    counts = run_undisturbed(script, arguments, tmp_path / "undisturbed")
+    assert run_disturbed(script, arguments, tmp_path / "killed", counts, moment) == []
+    assert differences(read_run(tmp_path / "killed"), read_run(tmp_path / "undisturbed")) == []
+
+
+# IDENTITY
+
+
+def fork(folder, *changes, name="ppo_drac_procgen.py"):
+    """Copy the script into folder under another name, with these replacements of text; return its module."""
+    source = (ROOT / "ppo_procgen.py").read_text()
+    for old, new in changes:
+        assert source.count(old) == 1, old
+        source = source.replace(old, new)
+    (folder / name).write_text(source)
+    spec = importlib.util.spec_from_file_location(name.removesuffix(".py"), folder / name)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+NEW_ARGUMENT = (
+    "    vf_coef: float = 0.5",
+    "    drac_coef: float = 0.1  # weight of the augmentation loss\n    vf_coef: float = 0.5",
+)
+
+
+def test_a_copy_is_another_algorithm(tmp_path):
+    copy = fork(tmp_path, NEW_ARGUMENT)
+    assert copy.default_xpid(copy.Args(seed=3)) == "coinrun-easy-200-ppo_drac-lr0.0005-epoch3-mb8-v0.5-ha0.01_3"
+    process = run_main(copy, ["--env-id", "pong"], tmp_path)
+    assert process.returncode == 2 and process.stderr.startswith("ppo_drac_procgen.py: error: --env-id")
+
+
+def test_a_copy_does_not_go_on_with_its_parents_run_nor_the_other_way_round(uninterrupted, tmp_path):
+    shutil.copytree(uninterrupted, tmp_path / "run")
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    copy = fork(tmp_path, NEW_ARGUMENT)
+    process = run_main(copy, [*SMALL, "--xpid", XPID, "--resume"], tmp_path / "run")
+    assert process.returncode == 2
+    assert_one_line(process.stderr, "is a run of ppo_procgen.py, not of ppo_drac_procgen.py")
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+
+    copied = [*SMALL, "--xpid", "x", "--total-timesteps", "64"]
+    assert run_main(copy, copied, tmp_path).returncode == 0
+    process = run_main(ppo_procgen, [*copied, "--resume"], tmp_path)
+    assert process.returncode == 2
+    assert_one_line(process.stderr, "is a run of ppo_drac_procgen.py, not of ppo_procgen.py")
+
+
+def test_an_argument_that_the_run_lacks_or_has_besides_is_refused(tmp_path):
+    one = [*SMALL, "--xpid", "x", "--total-timesteps", "64", "--resume"]
+    assert train(tmp_path, *one).returncode == 0
+    (tmp_path / "changed").mkdir()
+    changed = fork(tmp_path / "changed", NEW_ARGUMENT, name="ppo_procgen.py")
+    process = run_main(changed, one, tmp_path)
+    assert process.returncode == 2
+    assert_one_line(process.stderr, "--drac-coef was no argument, is 0.1")
+    assert run_main(changed, [*one, "--xpid", "y"], tmp_path).returncode == 0
+    process = run_main(ppo_procgen, [*one, "--xpid", "y"], tmp_path)
+    assert process.returncode == 2
+    assert_one_line(process.stderr, "--drac-coef was 0.1, is no argument")
+
+
+def test_a_changed_source_and_other_threads_are_said_and_kept(tmp_path):
+    one = [*SMALL, "--xpid", "x", "--total-timesteps", "64", "--archive-interval", "9"]
+    assert run_main(ppo_procgen, one, tmp_path).returncode == 0
+    (tmp_path / "changed").mkdir()
+    column = ('        "charts/learning_rate":', '        "charts/mine": 1.0,\n        "charts/learning_rate":')
+    changed = fork(tmp_path / "changed", column, name="ppo_procgen.py")
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads + 1)
+        process = run_main(changed, [*one, "--resume", "--total-timesteps", "192"], tmp_path)
+    finally:
+        torch.set_num_threads(threads)
+    assert process.returncode == 0, process.stderr
+    (note,) = (line for line in process.stdout.splitlines() if line.startswith("note: "))
+    assert "the source has changed" in note and f"threads was {threads}, is {threads + 1}" in note
+    run = run_dir(tmp_path, "x")
+    assert (run / "ppo_procgen.py").read_bytes() == (ROOT / "ppo_procgen.py").read_bytes()
+    assert (run / "ppo_procgen_after_1.py").read_bytes() == (tmp_path / "changed" / "ppo_procgen.py").read_bytes()
+    rows = progress(tmp_path, "x")
+    assert [row["charts/mine"] for row in rows] == ["nan", "1.0", "1.0"]  # one header for all rows
+    assert [row["iteration"] for row in rows] == ["1", "2", "3"]
+
+
+def test_state_that_a_run_lacks_is_one_line(tmp_path):
+    one = [*SMALL, "--xpid", "x", "--total-timesteps", "64"]
+    assert train(tmp_path, *one).returncode == 0
+    (tmp_path / "changed").mkdir()
+    memory = (
+        "        latest_test_return=math.nan,\n",
+        "        latest_test_return=math.nan,\n        memory=torch.zeros(3),\n",
+    )
+    changed = fork(tmp_path / "changed", memory, name="ppo_procgen.py")
+    more = [*one, "--resume", "--total-timesteps", "128"]
+    process = run_main(changed, more, tmp_path)
+    assert process.returncode == 1
+    assert_one_line(process.stderr, "rolling/model.pt does not fit this script", "carry.memory")
+
+
+def test_a_run_of_a_gpu_does_not_go_on_without_one_by_accident(uninterrupted, tmp_path):
+    shutil.copytree(uninterrupted, tmp_path / "run")
+    rolling = run_dir(tmp_path / "run") / "rolling" / "model.pt"
+    state = load(rolling)
+    torch.save({**state, "machine": {"device": "cuda", "model": "NVIDIA H100"}}, rolling)
+    on_gpu = [argument for argument in SMALL if argument != "--no-cuda"] + ["--resume", "--total-timesteps", "448"]
+    if not torch.cuda.is_available():
+        process = run_main(ppo_procgen, on_gpu, tmp_path / "run")
+        assert process.returncode == 2
+        assert_one_line(process.stderr, "was on a GPU (NVIDIA H100)", "--no-cuda goes on without one")
+    process = run_main(ppo_procgen, [*on_gpu, "--no-cuda"], tmp_path / "run")
+    assert process.returncode == 0 and "device was cuda, is cpu" in process.stdout
+
+
+def test_every_argument_with_a_part_in_the_result_stands_in_the_name():
+    assert ppo_procgen.default_xpid(Args()) == "coinrun-easy-200-ppo-lr0.0005-epoch3-mb8-v0.5-ha0.01_0"
+    changed = Args(gamma=0.9, anneal_lr=True, total_timesteps=99, log_interval=3, model_saving_dir="x", seed=7)
+    name = "coinrun-easy-200-ppo-lr0.0005-epoch3-mb8-v0.5-ha0.01-anneal_lrTrue-gamma0.9_7"
+    assert ppo_procgen.default_xpid(changed) == name
+    assert "/" not in ppo_procgen.default_xpid(Args(checkpoint="models/a b.pt"))
+
+
+def test_tracking_has_one_run_for_each_game_and_xpid(tmp_path, monkeypatch):
+    """Against a package wandb that writes down what it is asked for."""
+    (tmp_path / "wandb").mkdir()
+    stub = "import json\nclass Error(Exception): pass\n"
+    stub += "def init(**run):\n    with open('asked.jsonl', 'a') as file: file.write(json.dumps(run) + '\\n')\n"
+    (tmp_path / "wandb" / "__init__.py").write_text(stub)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setitem(sys.modules, "wandb", None)  # so that it is forgotten afterwards
+    del sys.modules["wandb"]
+    one = ["--xpid", "x", "--total-timesteps", "64", "--track"]
+    for arguments in (one, [*one, "--resume", "--total-timesteps", "128"], [*one, "--env-id", "jumper"]):
+        assert train(tmp_path, *arguments).returncode == 0
+    asked = [json.loads(line) for line in (tmp_path / "asked.jsonl").read_text().splitlines()]
+    first, resumed, other = asked
+    assert first["id"] == resumed["id"] != other["id"]
+    assert [run["name"] for run in asked] == ["x"] * 3 and first["config"]["xpid"] == "x"
+    assert {run["resume"] for run in asked} == {"allow"} and all(run["sync_tensorboard"] for run in asked)
+
+
+# THE RECORDING
+
+
+def test_a_recording_holds_what_the_games_showed(jumper):
+    """Given the recorded actions, fresh games of the same seed show frames of the same checksums, rewards and ends."""
+    (folder,) = jumper.glob("models/jumper/*/rollouts")
+    metadata = json.loads((folder / "metadata.json").read_text())
+    assert metadata["complete"] and metadata["args"]["num_steps"] == 20
+    assert (metadata["kind"], metadata["env_id"], metadata["num_levels"]) == ("recording", "jumper", 40)
+    ((stream,),) = (segment["streams"] for segment in metadata["segments"])
+    assert stream == {"seed": 1, "num_envs": 8}
+    chunks = [np.load(path) for path in sorted(folder.glob("*.npz"))]
+    assert [path.name for path in sorted(folder.glob("*.npz"))][0] == "0_0_00000000.npz"
+    actions, rewards, dones, checksums, log_probs = (
+        np.concatenate([chunk[key] for chunk in chunks])
+        for key in ("actions", "rewards", "dones", "checksums", "log_probs")
+    )
+    assert (actions.dtype, actions.shape, checksums.shape, log_probs.dtype) == (np.uint8, (40, 8), (40,), np.float32)
+    games = ProcgenGym3Env(8, "jumper", distribution_mode="easy", start_level=0, num_levels=40, rand_seed=1)
+    agent = Agent(Args())
+    for t in range(40):
+        frames = games.observe()[1]["rgb"]
+        assert zlib.crc32(np.ascontiguousarray(frames)) == checksums[t]
+        if t == 0:
+            torch.manual_seed(1)
+            agent = Agent(Args())
+            with torch.no_grad():
+                expected = agent.get_action_and_value(torch.from_numpy(frames), torch.from_numpy(actions[0]).long())[1]
+            np.testing.assert_allclose(log_probs[0], expected, atol=1e-6)
+        games.act(actions[t].astype(np.int32))
+        reward, _, end = games.observe()
+        assert np.array_equal(reward, rewards[t]) and np.array_equal(end, dones[t])
+    assert dones.any() and rewards.any()
+
+
+def test_a_recording_cannot_begin_in_the_middle(tmp_path):
+    one = ("--xpid", "x", "--total-timesteps", "64")
+    assert train(tmp_path, *one).returncode == 0
+    process = train(tmp_path, *one, "--resume", "--total-timesteps", "128", "--save-dataset")
+    assert process.returncode == 2
+    assert_one_line(process.stderr, "rollouts lacks steps before iteration 2", "--no-save-dataset")
+    assert not (run_dir(tmp_path, "x") / "rollouts").exists()
 
 
 # BAD INPUT
@@ -630,6 +1046,9 @@ def test_target_kl_ends_the_epochs_early(tmp_path):
         ("--xpid a/b", "--xpid is 'a/b'"),
         ("--xpid=", "--xpid is ''"),
         ("--xpid ..", "--xpid is '..'"),
+        (f"--xpid {'x' * 300}", "at most 200 bytes"),
+        ("--xpid \udcff", "--xpid is '\\udcff'"),
+        ("--checkpoint=", "--checkpoint is ''"),
     ],
 )
 def test_a_bad_argument_is_one_line_before_anything_is_written(arguments, message, tmp_path):
@@ -673,7 +1092,7 @@ def write_checkpoint(path, kind, good):
     elif kind == "another format":
         torch.save({**load(good), "format": 99}, path)
     elif kind == "another network":
-        torch.save({**load(good), "model_state_dict": Agent(64).state_dict()}, path)
+        torch.save({**load(good), "model_state_dict": Agent(Args(hidden_size=64)).state_dict()}, path)
     elif kind == "archived":  # lacks the states of the games
         shutil.copy(next(good.parent.parent.glob("checkpoint/*.pt")), path)
     elif kind == "with code":
@@ -705,20 +1124,56 @@ def test_a_bad_rolling_checkpoint_is_refused(kind, uninterrupted, tmp_path):
     assert rolling.read_bytes() == before and not list(tmp_path.rglob("*tfevents*")) + list(tmp_path.glob("intruded"))
 
 
-@pytest.mark.parametrize("blocked", ["models", "runs"])
-def test_an_unwritable_folder(blocked, tmp_path):
-    (tmp_path / blocked).write_text("a file where a folder should be")
+@pytest.mark.parametrize("name", ["a table that is a folder", "another number of games"])
+def test_a_run_folder_that_does_not_fit_is_one_line(name, uninterrupted, tmp_path):
+    shutil.copytree(uninterrupted, tmp_path / "run")
+    run = run_dir(tmp_path / "run")
+    if name == "another number of games":
+        state = load(run / "rolling" / "model.pt")
+        state["envs"]["env"]["env"]["env"] = state["envs"]["env"]["env"]["env"][:2]
+        torch.save(state, run / "rolling" / "model.pt")
+        expected = ("does not fit this script", "2 games were saved, not 4")
+    else:
+        (run / "progress.csv").unlink()
+        (run / "progress.csv").mkdir()
+        expected = ("progress.csv could not be used: Is a directory",)
+    process = train(tmp_path / "run", "--resume", "--total-timesteps", "448")
+    assert process.returncode == 1
+    assert_one_line(process.stderr, *expected)
+
+
+def test_a_missing_library_of_the_system_is_named(tmp_path, monkeypatch):
+    def without_libgl(*args, **kwargs):
+        raise OSError("cannot load library libenv.so: libGL.so.1: cannot open shared object file")
+
+    monkeypatch.setattr(ppo_procgen, "ProcgenGym3Env", without_libgl)
     process = train(tmp_path)
     assert process.returncode == 1
-    assert_one_line(process.stderr, blocked, "cannot be written")
-    assert [path.name for path in tmp_path.rglob("*")] == [blocked]
+    assert_one_line(process.stderr, "libGL.so.1", "libgl1", "libglib2.0-0")
+    assert not list(tmp_path.iterdir())
+
+
+def test_sizes_that_memory_does_not_hold_are_one_line(tmp_path):
+    sizes = "--num-steps 65536 --num-envs 64000 --num-minibatches 64 --total-timesteps 1000000000000".split()
+    process = train(tmp_path, *sizes)
+    assert process.returncode == 1
+    assert_one_line(process.stderr, "not enough memory", "--num-steps")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_unwritable_folder(tmp_path):
+    (tmp_path / "models").write_text("a file where a folder should be")
+    process = train(tmp_path)
+    assert process.returncode == 1
+    assert_one_line(process.stderr, "models", "could not be used: Not a directory")
+    assert [path.name for path in tmp_path.rglob("*")] == ["models"]
 
 
 def test_a_full_disk_is_one_line_and_no_partial_file(tmp_path):
     limit = 1_000_000  # bytes a file: as on a full disk, the system call fails in the middle of a write
     process = launch(tmp_path, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
     assert process.returncode == 1
-    assert_one_line(process.stderr, "rolling/model.pt could not be written")
+    assert_one_line(process.stderr, "rolling/model.pt could not be used: File too large")
     assert not list(run_dir(tmp_path).rglob("*.pt*"))
 
 
