@@ -1,5 +1,6 @@
 """What collect_procgen.py promises, on the real Procgen, from checkpoints trained for a moment."""
 
+import hashlib
 import json
 import os
 import re
@@ -62,14 +63,14 @@ def collect(folder, checkpoint, *more, num_envs=4):
     return run_main(collect_procgen, [*command, "--num-envs", str(num_envs), *more], folder.parent)
 
 
-def verify(folder):
-    return subprocess.run([*SCRIPT, "--verify", str(folder)], capture_output=True, text=True, timeout=300)
+def verify(folder, *more):
+    return subprocess.run([*SCRIPT, "--verify", str(folder), *more], capture_output=True, text=True, timeout=300)
 
 
 def episodes(folder):
     """{index: (path, arrays)} of a dataset."""
     found = {}
-    for path in folder.glob("*.npz"):
+    for path in folder.glob("*/*.npz"):
         with np.load(path, allow_pickle=False) as file:
             found[int(NAME.fullmatch(path.name)[1])] = (path, dict(file))
     return dict(sorted(found.items()))
@@ -133,7 +134,7 @@ def test_frames_rewards_and_ends_equal_an_independent_replay(dataset):
 
 
 def test_log_probs_are_those_of_the_policy(dataset, starpilot):
-    agent = Agent(256)
+    agent = Agent(ppo_procgen.Args())
     agent.load_state_dict(torch.load(starpilot, weights_only=True)["model_state_dict"])
     for _, episode in list(episodes(dataset).values())[:3]:
         frames = torch.from_numpy(episode["observations"][:-1].transpose(0, 2, 3, 1).copy())
@@ -209,7 +210,7 @@ def test_an_interrupted_collection_is_continued(signum, starpilot, tmp_path):
     folder = tmp_path / "d"
     command = [*SCRIPT, "--checkpoint", str(starpilot), "--dataset-saving-dir", str(folder), "--num-envs", "4"]
     process = subprocess.Popen([*command, "--no-cuda"], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    wait_for(lambda: len(list(folder.glob("*.npz"))) >= 5, process)
+    wait_for(lambda: len(list(folder.glob("starpilot/*.npz"))) >= 5, process)
     process.send_signal(signum)
     process.wait(timeout=60)
     assert process.returncode == (-signum if signum == signal.SIGKILL else 75)
@@ -233,10 +234,10 @@ def test_an_interrupted_collection_is_continued(signum, starpilot, tmp_path):
 def test_a_complete_dataset_is_left_alone_and_can_be_extended(dataset, starpilot, tmp_path):
     folder = tmp_path / "d"
     shutil.copytree(dataset, folder)
-    names = sorted(path.name for path in folder.iterdir())
+    names = sorted(path.name for path in folder.rglob("*"))
     process = collect(folder, starpilot, "--num-episodes", "12")
     assert process.returncode == 0 and "is complete" in process.stdout
-    assert sorted(path.name for path in folder.iterdir()) == names
+    assert sorted(path.name for path in folder.rglob("*")) == names
     assert collect(folder, starpilot, "--num-episodes", "15").returncode == 0
     assert sorted(episodes(folder)) == list(range(1, 16)) and metadata(folder)["interruptions"] == 0
     assert verify(folder).returncode == 0
@@ -348,6 +349,124 @@ def test_no_run_with_a_final_checkpoint(starpilot, tmp_path):
     process = run_main(collect_procgen, arguments, tmp_path)
     assert process.returncode == 1
     assert_one_line(process.stderr, "--ratio")
+
+
+def test_an_odd_run_is_skipped_and_the_others_are_collected(starpilot, tmp_path):
+    for xpid in ("good_0", "truncated_1", "fork_2", "misfit_3", "foreign_4"):
+        make_run(tmp_path, starpilot, xpid, {5: 1.0, 10: 3.0}, 6.0)
+    own = tmp_path / "starpilot" / "good_0" / "final" / "model_keep_me.pt"
+    own.write_bytes(b"a copy of the user's")
+    root = tmp_path / "starpilot"
+    archived = root / "truncated_1" / "checkpoint" / "model_5_1.00.pt"
+    archived.write_bytes(archived.read_bytes()[:5000])
+    for xpid, change in (
+        ("fork_2", {"script": "ppo_drac_procgen.py"}),
+        ("misfit_3", {"model_state_dict": {}}),
+        ("foreign_4", {"args": {**torch.load(starpilot, weights_only=True)["args"], "env_id": "miner"}}),
+    ):
+        (path,) = (root / xpid / "final").glob("*.pt")
+        torch.save({**torch.load(path, weights_only=True), **change}, path)
+    arguments = ["--env-id", "starpilot", "--ratio-checkpoint-dir", str(tmp_path), "--num-episodes", "2"]
+    process = run_main(collect_procgen, [*arguments, "--num-envs", "2", "--no-cuda", "--ratio", "0.5"], tmp_path)
+    assert process.returncode == 1
+    assert_one_line(process.stderr, "4 runs were skipped")
+    skipped = [line for line in process.stdout.splitlines() if "is skipped" in line]
+    reasons = {"truncated_1": "is damaged", "fork_2": "ppo_drac_procgen.py", "misfit_3": "does not fit"}
+    reasons["foreign_4"] = "is one of miner"
+    assert len(skipped) == 4
+    for xpid, reason in reasons.items():
+        (line,) = [line for line in skipped if f"{xpid} is skipped" in line]
+        assert reason in line
+    assert [path.parts[-4] for path in root.glob("*/test_dataset/0.5/metadata.json")] == ["good_0"]
+    # the final checkpoint alone is read for a ratio of 1
+    process = run_main(collect_procgen, [*arguments, "--num-envs", "2", "--no-cuda", "--ratio", "1.0"], tmp_path)
+    assert "3 runs were skipped" in process.stderr
+    assert {path.parts[-4] for path in root.glob("*/test_dataset/1.0/metadata.json")} == {"good_0", "truncated_1"}
+
+
+# NETWORKS OF OTHER SCRIPTS
+
+
+@pytest.fixture(scope="module")
+def elu(tmp_path_factory):
+    """A fork with ELU for ReLU, whose weights have the same names and shapes, and a checkpoint of it."""
+    folder = tmp_path_factory.mktemp("elu")
+    source = (ROOT / "ppo_procgen.py").read_text()
+    (folder / "ppo_elu_procgen.py").write_text(source.replace("nn.ReLU(inplace=True)", "nn.ELU()"))
+    sizes = "--env-id starpilot --num-envs 4 --num-steps 16 --num-minibatches 2 --total-timesteps 128 --no-cuda"
+    command = [sys.executable, "ppo_elu_procgen.py", *sizes.split(), "--num-eval-episodes", "1"]
+    process = subprocess.run([*command, "--learning-rate", "0.01"], cwd=folder, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    return folder / "ppo_elu_procgen.py", next(folder.glob("models/starpilot/*/final/*.pt"))
+
+
+def test_the_checkpoint_of_a_fork_is_refused(elu, tmp_path):
+    process = collect(tmp_path / "d", elu[1], "--num-episodes", "2")
+    assert process.returncode == 2
+    assert_one_line(process.stderr, "was written by ppo_elu_procgen.py", "--agent-from")
+    assert not (tmp_path / "d").exists()
+
+
+def test_a_network_that_was_changed_in_place_is_refused(elu, tmp_path):
+    """The script's name is that of the collector's own, its network is not."""
+    torch.save({**torch.load(elu[1], weights_only=True), "script": "ppo_procgen.py"}, tmp_path / "same_name.pt")
+    process = collect(tmp_path / "d", tmp_path / "same_name.pt", "--num-episodes", "2")
+    assert process.returncode == 2
+    assert_one_line(process.stderr, "was written by a ppo_procgen.py with another network", "--agent-from")
+
+
+def test_a_fork_is_collected_and_verified_with_its_own_network(elu, tmp_path):
+    folder = tmp_path / "d"
+    process = collect(folder, elu[1], "--num-episodes", "4", "--agent-from", str(elu[0]))
+    assert process.returncode == 0, process.stderr
+    assert "note" not in process.stdout
+    sha256 = hashlib.sha256(elu[0].read_bytes()).hexdigest()
+    assert metadata(folder)["agent_from"] == {"name": "ppo_elu_procgen.py", "sha256": sha256}
+    assert metadata(folder)["script"] == "ppo_elu_procgen.py"
+    right = verify(folder, "--checkpoint", str(elu[1]), "--agent-from", str(elu[0]))
+    assert right.returncode == 0, right.stdout + right.stderr
+    assert "every log-probability" in right.stdout
+    wrong = verify(folder, "--checkpoint", str(elu[1]), "--agent-from", str(ROOT / "ppo_procgen.py"))
+    assert wrong.returncode == 1
+    assert "are not word for word" in wrong.stdout
+    assert wrong.stdout.count("from those of the checkpoint's network") == 4
+
+
+def test_zeros_for_log_probs_are_noticed_with_the_checkpoint_only(dataset, starpilot, tmp_path):
+    shutil.copytree(dataset, tmp_path / "d")
+    path = rewrite(tmp_path / "d", 3, log_probs=np.zeros_like(episodes(dataset)[3][1]["log_probs"]))
+    process = verify(tmp_path / "d", "--checkpoint", str(starpilot))
+    assert process.returncode == 1
+    (line,) = [line for line in process.stdout.splitlines() if path.name in line]
+    assert "log_probs" in line
+
+
+def test_another_checkpoint_than_the_datasets_is_refused_by_verify(dataset, elu):
+    process = verify(dataset, "--checkpoint", str(elu[1]), "--agent-from", str(elu[0]))
+    assert process.returncode == 1
+    assert_one_line(process.stderr, "was not collected from --checkpoint")
+
+
+def test_a_copy_speaks_under_its_own_name(tmp_path):
+    shutil.copy(ROOT / "collect_procgen.py", tmp_path / "collect_mine_procgen.py")
+    command = [sys.executable, "collect_mine_procgen.py", "--ratio", "2", "--env-id", "miner"]
+    process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert process.returncode == 2 and process.stderr.startswith("collect_mine_procgen.py: error: --ratio")
+
+
+def test_nothing_but_episodes_stands_in_their_folder_while_a_collection_runs(starpilot, tmp_path):
+    """gen_dgrl's loader lists {dataset}/{env_name} and sorts it by the number after the last underscore."""
+    folder = tmp_path / "d"
+    command = [*SCRIPT, "--checkpoint", str(starpilot), "--dataset-saving-dir", str(folder), "--num-envs", "4"]
+    process = subprocess.Popen([*command, "--no-cuda", "--num-episodes", "40"], stdout=subprocess.DEVNULL)
+    seen = 0
+    while process.poll() is None:
+        names = [entry.name for entry in os.scandir(folder / "starpilot")] if (folder / "starpilot").is_dir() else []
+        sorted(names, key=lambda name: float(name.split("_")[-1].removesuffix(".npz")))
+        assert all(NAME.fullmatch(name) for name in names)
+        seen += len(names)
+    assert process.returncode == 0 and seen and len(episodes(folder)) == 40
+    assert sorted(path.name for path in folder.iterdir()) == [".lock", "metadata.json", "preview.png", "starpilot"]
 
 
 # VERIFY
@@ -476,7 +595,17 @@ def test_games_whose_seed_is_not_enough_store_their_initial_state(env_id, tmp_pa
         ("--checkpoint CHECKPOINT --start-level 2147483640 --num-levels 100", 2, "--num-levels is 100"),
         ("--checkpoint missing.pt", 1, "missing.pt does not exist"),
         ("--checkpoint truncated.pt", 1, "truncated.pt is damaged"),
-        ("--checkpoint foreign.pt", 1, "foreign.pt is not one of ppo_procgen.py"),
+        ("--checkpoint foreign.pt", 1, "foreign.pt is none of these scripts"),
+        ("--checkpoint nan.pt", 1, "nan.pt has weights that are not finite"),
+        ("--checkpoint xpid.pt", 1, "xpid.pt holds values that no script here writes"),
+        ("--checkpoint return.pt", 1, "return.pt holds values that no script here writes"),
+        ("--checkpoint CHECKPOINT --agent-from nowhere.py", 2, "--agent-from nowhere.py cannot be imported"),
+        (
+            "--checkpoint CHECKPOINT --agent-from a-file.py",
+            2,
+            "--agent-from a-file.py cannot be imported, or has no class",
+        ),
+        ("--ratio 1.5 --env-id starpilot", 2, "--ratio is 1.5; it must be above 0 and at most 1"),
         ("--checkpoint hostile.pt", 1, "hostile.pt is damaged or holds more"),
         ("--checkpoint network.pt", 1, "network.pt does not fit"),
         ("--checkpoint CHECKPOINT --dataset-saving-dir a-file/d", 1, "a-file/d cannot be written"),
@@ -489,7 +618,14 @@ def test_bad_input_is_one_line(arguments, code, message, starpilot, tmp_path, mo
     torch.save({"state_dict": {}}, "foreign.pt")
     torch.save({**torch.load(starpilot, weights_only=True), "extra": Intruder()}, "hostile.pt")
     torch.save({**torch.load(starpilot, weights_only=True), "model_state_dict": {}}, "network.pt")
+    good = torch.load(starpilot, weights_only=True)
+    weights = {name: weight * float("nan") for name, weight in good["model_state_dict"].items()}
+    torch.save({**good, "model_state_dict": weights}, "nan.pt")
+    torch.save({**good, "xpid": ".."}, "xpid.pt")
+    torch.save({**good, "test_return": torch.zeros(2)}, "return.pt")
     Path("a-file").write_text("")
+    Path("a-file.py").write_text("")
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
     before = sorted(tmp_path.rglob("*"))
     process = run_main(collect_procgen, arguments.replace("CHECKPOINT", str(starpilot)).split(), tmp_path)
     assert process.returncode == code
@@ -513,7 +649,7 @@ def test_a_full_disk_is_one_line_and_no_partial_file(starpilot, tmp_path):
     assert process.returncode == 1
     assert_one_line(process.stderr, str(tmp_path / "d"), "could not be written")
     assert metadata(tmp_path / "d")["complete"] is False
-    assert all(path.stat().st_size < limit for path in (tmp_path / "d").glob("*.npz"))
+    assert all(path.stat().st_size < limit for path in (tmp_path / "d").glob("*/*.npz"))
     assert not list((tmp_path / "d").glob(".*.tmp"))
     assert collect(tmp_path / "d", starpilot, "--num-episodes", "12").returncode == 0
     assert verify(tmp_path / "d").returncode == 0
