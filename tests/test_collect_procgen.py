@@ -395,7 +395,7 @@ def elu(tmp_path_factory):
     (folder / "ppo_elu_procgen.py").write_text(source.replace("nn.ReLU(inplace=True)", "nn.ELU()"))
     sizes = "--env-id starpilot --num-envs 4 --num-steps 16 --num-minibatches 2 --total-timesteps 128 --no-cuda"
     command = [sys.executable, "ppo_elu_procgen.py", *sizes.split(), "--num-eval-episodes", "1"]
-    process = subprocess.run([*command, "--learning-rate", "0.01"], cwd=folder, capture_output=True, text=True)
+    process = subprocess.run([*command, "--learning-rate", "0.001"], cwd=folder, capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
     return folder / "ppo_elu_procgen.py", next(folder.glob("models/starpilot/*/final/*.pt"))
 
