@@ -68,6 +68,9 @@ class Args:
 SBATCH_OPTIONS = "partition account qos constraint time mem cpus_per_task gpus_per_task dependency".split()
 # What decides where collect_procgen.py writes.
 DATASET_ARGUMENTS = "env_id ratio ratio_checkpoint_dir ratio_dataset_dir checkpoint dataset_saving_dir".split()
+# Without a part in the result, so not in a run's name unless swept; a script may have a list of its own.
+FREE_ARGUMENTS = "total_timesteps log_interval archive_interval num_eval_episodes cuda torch_deterministic save_dataset"
+FREE_ARGUMENTS = (*FREE_ARGUMENTS.split(), "model_saving_dir", "resume", "track", "wandb_project_name", "wandb_entity")
 HERE = Path(__file__).parent
 # Return ranges of Cobbe et al. 2020, appendix C, for the normalised return (R - min) / (max - min).
 RANGES = {
@@ -105,7 +108,7 @@ STATES = ("done", "running", "stopped", "not started")
 
 def fail(message: str, code: int = 1) -> NoReturn:
     """End the process with one line on stderr; code 2 is for arguments and grids, 1 for the rest."""
-    print(f"sweep.py: error: {message}", file=sys.stderr)
+    print(f"{Path(__file__).name}: error: {message}", file=sys.stderr)
     sys.exit(code)
 
 
@@ -142,14 +145,14 @@ def find(path: str) -> Path:
     return Path(path) if os.path.exists(path) else HERE / path
 
 
-def read_script_args(script: Path) -> dict:
-    """Names of a script's arguments with their annotations and defaults, from its class Args, which is not run."""
+def read_script(script: Path) -> tuple:
+    """Of a script, which is not run: {name: (annotation, default)} of the fields of Args, and its FREE_ARGUMENTS."""
     try:
         tree = ast.parse(read_file(script, "the grid's script"), str(script))
     except (ValueError, SyntaxError) as error:
         fail(f"the grid's script {script} is no Python: {error}", 2)
     classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
-    arguments = {}
+    arguments, free = {}, FREE_ARGUMENTS
 
     def add_fields(name):
         if name not in classes:
@@ -165,7 +168,10 @@ def read_script_args(script: Path) -> dict:
                 arguments[node.target.id] = (ast.unparse(node.annotation), default)
 
     add_fields("Args")
-    return arguments
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "FREE_ARGUMENTS":
+            free = ast.literal_eval(node.value)
+    return arguments, free
 
 
 class JsonFloat(float):
@@ -178,7 +184,10 @@ class JsonFloat(float):
 
 
 def read_grid(path: Path) -> tuple:
-    """The script's path and the lists of a grid file. Exits with code 2 and one line that says what is wrong where."""
+    """The script's path, its arguments, which of them are free, and the lists of a grid file.
+
+    Exits with code 2 and one line that says what is wrong where.
+    """
 
     def as_dict(pairs):
         for name, count in Counter(name for name, _ in pairs).items():
@@ -194,7 +203,7 @@ def read_grid(path: Path) -> tuple:
     if not isinstance(grid, dict) or grid.keys() != {"script", "grid"} or not isinstance(grid["grid"], dict):
         fail(f'{path}: it must be {{"script": "ppo_procgen.py", "grid": {{"env_id": ["miner"], ...}}}}', 2)
     script = find(str(grid["script"]))
-    arguments = read_script_args(script)
+    arguments, free = read_script(script)
     for name, values in grid["grid"].items():
         if name not in arguments:
             fail(f"{path}: {script} has no argument {name!r}; it has {', '.join(arguments)}", 2)
@@ -202,7 +211,7 @@ def read_grid(path: Path) -> tuple:
             fail(f"{path}: {name!r} is {json.dumps(values)}; it must be a list of one or more values", 2)
         for value in values:
             check_value(path, name, value, arguments[name][0])
-    return script, arguments, grid["grid"]
+    return script, arguments, free, grid["grid"]
 
 
 def check_value(path: Path, name: str, value, annotation: str) -> None:
@@ -231,20 +240,26 @@ def flag(name: str, value, annotation: str) -> str:
     return f"{name}={word}" if text.startswith("-") else f"{name} {word}"
 
 
-def xpid_pattern(script: Path, arguments: dict, grid: dict, swept: list) -> str:
-    """The script's default name of a run, then what else is swept, so that no two commands share a run folder."""
+def run_name(script: Path, arguments: dict, free: tuple, settings: dict, swept: list) -> str:
+    """A run's name but for the seed: the script's default one, and the free arguments that are swept.
+
+    It depends on the run alone, not on what else is in the grid: what differs from its default is named, swept or not.
+    """
     algorithm = script.stem.removesuffix("_procgen")
     parts = {"env_id": "", "distribution_mode": "-", "num_levels": "-", "learning_rate": f"-{algorithm}-lr"}
     parts |= {"update_epochs": "-epoch", "num_minibatches": "-mb", "vf_coef": "-v", "ent_coef": "-ha"}
-    if "xpid" in grid:
-        parts = {"xpid": ""}
-    parts |= {name: f"-{name}" for name in swept if name not in (*parts, "seed")}
-    return "".join(f"{part}{{{name}}}" for name, part in parts.items() if name in arguments)
+    named = [name for name, (_, default) in arguments.items() if settings[name] != default]
+    named = [name for name in named if name not in free or name in swept]
+    if settings["xpid"] is not None:  # as the grid has it, and what is swept, so that no two runs share a folder
+        parts, named = {"xpid": ""}, swept
+    named = [name for name in named if name not in (*parts, "seed", "xpid")]
+    parts |= {name: f"-{name}" for name in named}
+    return quote("".join(f"{part}{settings[name]}" for name, part in parts.items() if name in arguments), safe="+")
 
 
 def expand(args: Args, path: Path) -> list:
     """The runs of a grid: the product of its lists, the last one fastest, and of each the seeds."""
-    script, arguments, grid = read_grid(path)
+    script, arguments, free, grid = read_grid(path)
     if "resume" in arguments:
         grid.setdefault("resume", [True])  # so that a command can be run again
     if grid.get("xpid") == [None]:
@@ -272,18 +287,17 @@ def expand(args: Args, path: Path) -> list:
     seeds = axes.pop()
     start = f"{shlex.quote(args.python)} {shlex.quote(str(script))}"
     label = " ".join(f"{name}={{{name}}}" for name in swept if name != "seed")
-    pattern = xpid_pattern(script, arguments, grid, swept) if "xpid" in arguments else None
     defaults = {name: default for name, (_, default) in arguments.items()}
     runs, folders = [], set()
     for combination in itertools.product(*axes):
         words = [start, *(flags for flags, _ in combination if flags)]
         settings = defaults | {name: value for name, (_, value) in zip(grid, combination)}
         configuration = label.format_map(settings).replace("\n", " ") or path.stem
-        xpid = quote(pattern.format_map(settings), safe="+") if pattern else None
+        xpid = run_name(script, arguments, free, settings, swept) if "xpid" in arguments else None
         for seed_flag, seed in seeds:
             settings = {**settings, "seed": seed}
             command = [*words, seed_flag] if seed_flag else list(words)
-            if pattern:
+            if xpid is not None:
                 settings["xpid"] = f"{xpid}_{seed}"
                 command.append(flag("xpid", settings["xpid"], "str"))
                 folders.add((settings.get("env_id"), settings["xpid"]))
@@ -291,9 +305,9 @@ def expand(args: Args, path: Path) -> list:
                 folders.add(tuple(map(settings.get, DATASET_ARGUMENTS)))
             runs.append(Run(" ".join(command), configuration, settings))
     if folders and len(folders) < len(runs):
-        names = "xpid" if pattern else f"dataset, as that depends on {', '.join(DATASET_ARGUMENTS)} only"
+        names = "xpid" if "xpid" in arguments else f"dataset, as that depends on {', '.join(DATASET_ARGUMENTS)} only"
         fail(f"{path}: two commands would share a folder, as they have the same {names}", 2)
-    if longest := max((xpid for _, xpid in folders if len(xpid) > 255), default=None) if pattern else None:
+    if longest := max((xpid for _, xpid in folders if len(xpid) > 255), default=None) if "xpid" in arguments else None:
         fail(f"{path}: {longest} is too long for a folder's name; sweep shorter values", 2)
     return runs
 

@@ -139,7 +139,7 @@ def plain(device, env_id, num_steps, num_minibatches, iterations, result):
     torch.backends.cudnn.deterministic = True  # as in the script
     args = ppo_procgen.Args(env_id=env_id, num_steps=num_steps)
     envs = ppo_procgen.make_envs(args)
-    agent = Agent(args.hidden_size).to(device).to(memory_format=torch.contiguous_format)
+    agent = Agent(args).to(device).to(memory_format=torch.contiguous_format)
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=args.adam_eps)
 
     def to_tensor(frames):
@@ -205,7 +205,7 @@ def limits(device, env_id, result):
         "environment": steps * args.num_envs / (time.perf_counter() - start),
     }
 
-    agent = ppo_procgen.Agent(args.hidden_size).to(device)
+    agent = ppo_procgen.Agent(args).to(device)
     frames = torch.zeros((64, 64, 64, 3), dtype=torch.uint8, device=device)
     with FlopCounterMode(display=False) as counter:
         logits, values = agent(frames)
@@ -346,7 +346,7 @@ def main():
     _, collect_peak, saved = run([*collect, "--dataset-saving-dir", "dataset"], folder)
     evaluating, collecting = (float(re.findall(r"(\d+) steps/s", text)[-1]) for text in (evaluated, saved))
     metadata = json.loads((folder / "dataset" / "metadata.json").read_text())
-    size = sum(path.stat().st_size for path in folder.glob("dataset/*.npz")) / metadata["steps"]
+    size = sum(path.stat().st_size for path in folder.glob("dataset/*/*.npz")) / metadata["steps"]
     say("verifying")
     verify_seconds, _, _ = run([sys.executable, collector, "--verify", "dataset"], folder)
 

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import random
 import re
 import shlex
 import shutil
@@ -10,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
 
 import filelock
@@ -150,15 +152,38 @@ def test_values_are_those_that_the_real_parser_reads(tmp_path):
     args = tyro.cli(ppo_procgen.Args, args=shlex.split(line)[2:])
     assert (args.env_id, args.learning_rate, args.anneal_lr, args.cuda) == ("maze", 1e-05, True, False)
     assert args.model_saving_dir == "a b/$HOME" and args.resume
-    assert args.xpid == "maze-easy-200-ppo-lr1e-05-epoch3-mb8-v0.5-ha0.01_0"  # as the script itself formats it
+    assert args.xpid == "maze-easy-200-ppo-lr1e-05-epoch3-mb8-v0.5-ha0.01-anneal_lrTrue-target_kl0.01_0"
+    args.xpid = None
+    assert ppo_procgen.default_xpid(args) in line  # the script itself names it so
 
 
-def test_what_the_default_name_leaves_out_is_appended_to_the_xpid(tmp_path):
-    grid = {"gamma": [0.99, 0.999], "norm_adv": [True, False], "learning_rate": [0.001, 0.002], "num_envs": [8]}
+def test_a_name_depends_on_the_run_alone(tmp_path):
+    """What differs from its default is named, swept or not; what has no part in the result, only if it is swept."""
+    (alone,) = xpids(commands(tmp_path, write_grid(tmp_path, {"gamma": [0.9], "total_timesteps": [99999]})))
+    assert alone == "coinrun-easy-200-ppo-lr0.0005-epoch3-mb8-v0.5-ha0.01-gamma0.9_0"
+    grid = {"gamma": [0.999, 0.9], "norm_adv": [True, False], "log_interval": [3], "seed": [0]}
     names = xpids(commands(tmp_path, write_grid(tmp_path, grid), "--num-trials", 2))
-    assert names[0] == "coinrun-easy-200-ppo-lr0.001-epoch3-mb8-v0.5-ha0.01-gamma0.99-norm_advTrue_0"
-    assert len(set(names)) == 16
-    assert xpids(commands(tmp_path, write_grid(tmp_path, {"gamma": [0.99]})))[0].endswith("-ha0.01_0")
+    plain = "coinrun-easy-200-ppo-lr0.0005-epoch3-mb8-v0.5-ha0.01"
+    suffixes = ("", "-norm_advFalse", "-gamma0.9", "-gamma0.9-norm_advFalse")
+    assert names == [f"{plain}{suffix}_{seed}" for suffix in suffixes for seed in (0, 1)]
+    totals = xpids(commands(tmp_path, write_grid(tmp_path, {"total_timesteps": [16384, 25000000]})))
+    assert totals == [f"{plain}-total_timesteps16384_0", f"{plain}_0"]
+
+
+def test_names_are_those_that_the_script_gives_itself(tmp_path):
+    """Over random values of every argument."""
+    generator = random.Random(0)
+    values = {"int": lambda: generator.randrange(1, 10**6), "float": lambda: generator.uniform(1e-7, 1)}
+    values |= {
+        "bool": lambda: generator.random() < 0.5,
+        "str": lambda: "x" + "".join(generator.choices("a/ %é+-.", k=4)),
+    }
+    annotations = {field.name: str(getattr(field.type, "__name__", field.type)) for field in fields(ppo_procgen.Args)}
+    for _ in range(40):
+        names = generator.sample(sorted(annotations.keys() - {"xpid", "resume"}), 12)
+        given = {name: values[annotations[name].split(" |")[0]]() for name in names}
+        (name,) = xpids(commands(tmp_path, write_grid(tmp_path, {key: [value] for key, value in given.items()})))
+        assert name == ppo_procgen.default_xpid(ppo_procgen.Args(**given))
 
 
 def test_hostile_values_give_xpids_that_are_folder_names_and_differ(tmp_path):
@@ -180,7 +205,8 @@ def test_a_forks_own_arguments_are_known_and_its_code_is_not_run(tmp_path):
     )
     script = write_script(tmp_path, fork + "\nraise SystemExit('imported')\n", "ppo_bonus_procgen.py")
     lines = commands(tmp_path, write_grid(tmp_path, {"bonus": [0.1, 0.2]}, script))
-    assert "--bonus 0.1" in lines[0] and "-ppo_bonus-lr" in lines[0] and lines[0].endswith("-bonus0.1_0")
+    assert "--bonus 0.1" in lines[0] and "-ppo_bonus-lr" in lines[0]
+    assert lines[0].endswith("-ha0.01_0") and lines[1].endswith("-bonus0.2_0")
 
 
 def test_inherited_arguments_count(tmp_path):
@@ -188,9 +214,8 @@ def test_inherited_arguments_count(tmp_path):
     script += "\n\n@dataclass\nclass Args(Base):\n    bonus: float = 0.1\n    gamma: float = 0.9\n"
     script = write_script(tmp_path, script, "ppo_procgen.py")
     (line,) = commands(tmp_path, write_grid(tmp_path, {"bonus": [0.2], "num_envs": [8]}, script))
-    assert line.endswith(
-        "--bonus 0.2 --num-envs 8 --resume --seed 0 --xpid coinrun-easy-200-ppo-lr0.0005-epoch3-mb8-v0.5-ha0.01_0"
-    )
+    assert "--bonus 0.2 --num-envs 8 --resume --seed 0 --xpid coinrun-easy-200-ppo-lr" in line
+    assert line.endswith("-ha0.01-num_envs8-bonus0.2_0")  # the order of the fields
 
 
 def test_a_script_of_the_current_folder_comes_first(tmp_path):
@@ -555,9 +580,10 @@ def test_asking_for_the_status_does_not_get_in_the_way_of_a_run_that_starts(tmp_
         process.stdout.readline()
         assert sweep.state_of(tmp_path, done=False, started=True) == "stopped"  # it is no run that holds it
         if module is ppo_procgen:
-            ppo_procgen.lock_run(tmp_path, tmp_path).release()
+            args = ppo_procgen.Args(model_saving_dir=str(tmp_path.parent), env_id=tmp_path.name, xpid=".")
+            ppo_procgen.Run(args, {}, 1, None).lock()
         else:
-            made_with = {"versions": {"procgen": ""}}
+            made_with = {"versions": {"procgen": ""}, "env_id": "maze"}
             collect_procgen.open_dataset(tmp_path, made_with)[1].release()
 
 
