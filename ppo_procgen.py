@@ -833,7 +833,7 @@ class Run:
             self.writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
         self.writer.flush()
         size = sum(p.numel() for p in self.state["model_state_dict"].parameters())
-        print("device      ", *(f"{name} {value}" for name, value in describe_machine(self.device).items()))
+        print("device      ", ", ".join(f"{name} {value}" for name, value in describe_machine(self.device).items()))
         print(f"run folder   {self.folder}" + (f", resumed after iteration {self.iteration}" if resumed else ""))
         print(f"steps        {total:,} ({self.num_iterations} iterations of {self.batch_size:,})")
         print(f"parameters   {size:,}", flush=True)

@@ -674,6 +674,7 @@ def ended(cluster, job):
 def start_requeued(cluster, task):
     """Let a requeued task start at once; Slurm makes it wait for two minutes."""
     cluster.wait(lambda: cluster.jobs()[task]["Reason"] == "BeginTime")
+    time.sleep(2)  # slurmd refuses to start a job in the second in which it ended
 
     def started():
         cluster.run("scontrol", "update", f"JobId={task}", "StartTime=now", check=False)
@@ -688,7 +689,7 @@ def test_slurm_a_sweep_runs_to_its_end(cluster, tmp_path):
     for command in commands(tmp_path, "smoke"):
         words = shlex.split(command)
         run = tmp_path / "models" / words[words.index("--env-id") + 1] / words[-1]
-        assert [len(list(run.glob(names))) for names in ("rolling/*.pt", "final/*.pt", "checkpoint/*.pt")] == [1, 1, 2]
+        assert [len(list(run.glob(names))) for names in ("rolling/*.pt", "final/*.pt", "checkpoint/*.pt")] == [1, 1, 3]
         assert len((run / "progress.csv").read_text().splitlines()) == 5
     _, summary, code = rows(tmp_path, "smoke")
     assert code == 0 and summary.startswith("4 configurations, 4 runs: 4 done")
@@ -815,6 +816,30 @@ def test_slurm_a_signal_during_setup_is_not_lost(cluster, tmp_path):
     cluster.run("scancel", "--signal=USR2", "--batch", f"{job}_1")
     start_requeued(cluster, f"{job}_1")
     assert ended(cluster, job) == {1: ("COMPLETED", "0:0")}
+
+
+THREADS = """
+import os
+class Args:
+    code: int = 0
+open("threads", "a").write(os.environ["OMP_NUM_THREADS"] + "\\n")
+"""
+
+
+def test_slurm_threads_are_those_of_the_task_unless_setup_says_otherwise(cluster, tmp_path):
+    """Without --cpus-per-task Slurm gives a task one core here, however many the node has."""
+    grid = write_grid(tmp_path, {"code": [0]}, write_script(tmp_path, THREADS))
+    for name, options in (
+        ("plain", []),
+        ("two", ["--cpus-per-task", 2]),
+        ("own", ["--setup", "export OMP_NUM_THREADS=7"]),
+    ):
+        options = ["--action", "slurm", "--python", sys.executable, "--job-name", name, *options, "--submit"]
+        result = run_sweep(tmp_path, grid, *options)
+        assert result.returncode == 0, result.stderr
+        (job,) = re.findall(r"as job (\d+)", result.stdout)
+        assert set(ended(cluster, job).values()) == {("COMPLETED", "0:0")}
+    assert (tmp_path / "threads").read_text().split() == ["1", "2", "7"]
 
 
 def test_slurm_restarts_are_capped(cluster, tmp_path):
