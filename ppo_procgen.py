@@ -405,7 +405,7 @@ def train(args: Args) -> None:
             losses = dict(zip((*LOSSES, "grad_norm"), (loss_sums / updates).tolist()))
             with torch.inference_mode():  # what the last step of the optimizer has done to the weights, no loss tells
                 _, *outputs = agent.get_action_and_value(carry.next_obs, actions[-1])
-            if not all(map(math.isfinite, losses.values())) or not torch.stack(outputs).isfinite().all():
+            if not all(map(math.isfinite, losses.values())) or not all(x.isfinite().all() for x in outputs):
                 fail(f"training diverged in iteration {iteration}; try a smaller --learning-rate. Losses: {losses}")
             losses["explained_variance"] = (1 - (b_returns - b_values).var() / b_returns.var()).item()
 
