@@ -108,9 +108,9 @@ def split(device, arguments, result):
     ppo_procgen.make_envs = make_timed_envs
     ppo_procgen.compute_gae = phases.wrap("update", "update", ppo_procgen.compute_gae)
     ppo_procgen.evaluate = phases.wrap("evaluation", "other", ppo_procgen.evaluate)
-    ppo_procgen.write_evaluated = phases.wrap("evaluation", "other", ppo_procgen.write_evaluated)
-    ppo_procgen.get_env_state = phases.wrap("state kept in memory", "other", ppo_procgen.get_env_state)
-    ppo_procgen.serialize = phases.wrap("state kept in memory", "other", ppo_procgen.serialize)
+    ppo_procgen.Run.write_evaluated = phases.wrap("evaluation", "other", ppo_procgen.Run.write_evaluated)
+    ppo_procgen.Run.archives = lambda run, iteration: False  # only the last iteration is evaluated
+    ppo_procgen.Run.keep = phases.wrap("state kept in memory", "other", ppo_procgen.Run.keep)
     ppo_procgen.write_file = phases.wrap("files", "other", write_and_count)
     ppo_procgen.SummaryWriter.add_scalar = phases.wrap("other", "other", ppo_procgen.SummaryWriter.add_scalar)
     sys.argv = ["ppo_procgen.py", *arguments]
@@ -295,7 +295,10 @@ def main():
         iterations = 12 if on_gpu else 4
         options = [*flags, *sizes, "--total-timesteps", iterations * batch_size, "--num-eval-episodes", 1]
         folder = new_folder()
-        run([sys.executable, script, *map(str, options)], folder, threads)
+        # Without the evaluations after iterations 1, 2, 4 and so on, which a long training hardly notices.
+        code = f"import sys; sys.path.insert(0, {str(script.parent)!r}); import ppo_procgen"
+        code += "; ppo_procgen.Run.archives = lambda *_: False; ppo_procgen.main()"
+        run([sys.executable, "-c", code, *map(str, options)], folder, threads)
         (path,) = folder.glob("models/*/*/progress.csv")
         lines = [line.split(",") for line in path.read_text().splitlines()]
         speed = lines[0].index("charts/SPS")
