@@ -541,6 +541,8 @@ def load_agent(args: Args, state: dict, path: Path) -> nn.Module:
         whose = f"by {state['script']}" if state["script"] != AGENT_OF else f"by a {AGENT_OF} with another network"
         way_out = "--agent-from FILE names the script whose class Agent it needs; its run folder has a copy"
         raise Unfit(f"checkpoint {path} was written {whose}: {way_out}", 2)
+    if not same_network and args.ratio is not None:  # one network for many runs: take those that it has made
+        raise Unfit(f"checkpoint {path} was made by other networks than those in {args.agent_from}", 2)
     if not same_network:
         print(f"note: the networks in {args.agent_from} are not word for word those that made {path}")
     try:

@@ -432,6 +432,17 @@ def test_a_fork_is_collected_and_verified_with_its_own_network(elu, tmp_path):
     assert wrong.stdout.count("from those of the checkpoint's network") == 4
 
 
+def test_of_many_runs_those_of_the_named_network_are_collected(elu, starpilot, tmp_path):
+    root = tmp_path / "models" / "starpilot"
+    for name, checkpoint in (("fork", elu[1]), ("parent", starpilot)):
+        shutil.copytree(checkpoint.parent, root / name / "final")
+    options = "--ratio 1.0 --env-id starpilot --num-episodes 1 --num-envs 1 --no-cuda".split()
+    process = run_main(collect_procgen, [*options, "--agent-from", str(elu[0])], tmp_path)
+    assert process.returncode == 1
+    assert [path.parts[-4] for path in root.glob("*/test_dataset/1.0/metadata.json")] == ["fork"]
+    assert "parent is skipped" in process.stdout and "was made by other networks" in process.stdout
+
+
 def test_zeros_for_log_probs_are_noticed_with_the_checkpoint_only(dataset, starpilot, tmp_path):
     shutil.copytree(dataset, tmp_path / "d")
     path = rewrite(tmp_path / "d", 3, log_probs=np.zeros_like(episodes(dataset)[3][1]["log_probs"]))
