@@ -1401,7 +1401,7 @@ def main() -> None:
         if args.verify is not None:
             sys.exit(verify(args))
         if args.render is not None:
-            sys.exit(render(args))
+            return render(args)
         if args.ratio is not None:
             jobs, odd = choose_checkpoints(args)
             if not jobs:
