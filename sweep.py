@@ -88,9 +88,6 @@ FLAGS |= dict.fromkeys(NAMES[NAMES.index("submit") :], "slurm")
 SBATCH_OPTIONS = NAMES[NAMES.index("partition") : NAMES.index("sbatch_arg")]
 # What decides where collect_procgen.py writes.
 DATASET_ARGUMENTS = "env_id ratio ratio_checkpoint_dir ratio_dataset_dir checkpoint dataset_saving_dir".split()
-# Without a part in the result, so not in a run's name unless swept; a script may have a list of its own.
-FREE_ARGUMENTS = "total_timesteps log_interval archive_interval num_eval_episodes cuda torch_deterministic save_dataset"
-FREE_ARGUMENTS = (*FREE_ARGUMENTS.split(), "model_saving_dir", "resume", "track", "wandb_project_name", "wandb_entity")
 EXIT_STOPPED = 75  # of a script that was stopped by a signal with everything saved
 LEAKING = ("SLURM_RESTART_COUNT", "SLURM_CPUS_PER_TASK")  # from a job that submits into its jobs
 UNSAFE = "[\0-\x1f\x7f-\x9f\ud800-\udfff]"  # control characters, and what is no text
@@ -150,11 +147,9 @@ def check_args(args: Args) -> None:
         actions = FLAGS.get(field.name, args.action).split()
         fits = args.action in actions or getattr(args, field.name) == field.default
         require(fits, field.name, f"left out here: it is for --action {' and '.join(actions)}")
-    for name in ("num_trials", "num_samples", "workers", "runs_per_task", "max_parallel", "cpus_per_task"):
-        require(getattr(args, name) is None or getattr(args, name) >= 1, name, "at least 1")
-    for name in ("start_index", "max_restarts"):
-        require(getattr(args, name) >= 0, name, "at least 0")
-    require(args.max_array_size is None or args.max_array_size >= 2, "max_array_size", "at least 2")
+    smallest = dict.fromkeys("num_trials num_samples workers runs_per_task max_parallel cpus_per_task".split(), 1)
+    for name, least in {**smallest, "start_index": 0, "max_restarts": 0, "max_array_size": 2}.items():
+        require(getattr(args, name) is None or getattr(args, name) >= least, name, f"at least {least}")
     require(args.job_name is None or re.fullmatch(r"\w[\w.+-]*", args.job_name), "job_name", "letters, digits and .+-_")
     require(args.gpus is None or re.fullmatch(r"[\w-]+(,[\w-]+)*", args.gpus), "gpus", "numbers, such as 0,1,2")
     for name in (*SBATCH_OPTIONS, "sbatch_arg"):
@@ -182,13 +177,16 @@ def find(path: str) -> Path:
 
 
 def read_script(script: Path) -> tuple:
-    """Of a script, which is not run: {name: (annotation, default)} of the fields of Args, and its FREE_ARGUMENTS."""
+    """Read a script without running it: {name: (annotation, default)} of the fields of Args, and its FREE_ARGUMENTS.
+
+    The latter have no part in the result, so they stand in a run's name only if they are swept.
+    """
     try:
         tree = ast.parse(read_file(script, "the grid's script"), str(script))
     except (ValueError, SyntaxError) as error:
         fail(f"the grid's script {script} is no Python: {error}", 2)
     classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
-    arguments, free = {}, FREE_ARGUMENTS
+    arguments, free = {}, ("resume",)
 
     def add_fields(name):
         if name not in classes:
