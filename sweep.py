@@ -160,6 +160,7 @@ def check_args(args: Args) -> None:
     except ValueError:  # a quote is open
         words = []
     require(words and not re.search(UNSAFE, args.python), "python", "a command, such as python or 'nice -n 19 python'")
+    require(args.action != "local" or shutil.which(words[0]), "python", "a program that can be found here")
     if args.submit and not shutil.which("sbatch"):
         fail("--submit needs sbatch, which is not installed here; leave it out, and submit where it is", 2)
 
@@ -530,12 +531,11 @@ def print_status(args: Args, runs: list) -> int:
     progress = [progress_of(run) for run in runs]
     table, methods = summarise(runs, progress)
     names = ("train_return", "test_return", "final_train_return", "final_test_return", "normalised")
-    lines = [["configuration", *STATES, "progress", "train return", "test return", "final train", "final test"]]
-    lines[0].append("normalised")
+    titles = (name.removesuffix("_return") if name.startswith("final") else name for name in names)
+    lines = [["configuration", *STATES, "progress", *(title.replace("_", " ") for title in titles)]]
     for row in table:
         counts = [str(row[state.replace(" ", "_")]) for state in STATES]
-        percent = f"{100 * row['progress']:.1f} %"
-        lines.append([row["configuration"], *counts, percent, *(cell(row, name) for name in names)])
+        lines.append([row["configuration"], *counts, f"{100 * row['progress']:.1f} %", *(cell(row, x) for x in names)])
     widths = [max(map(len, column)) for column in zip(*lines)]
     for name, *cells in lines:
         print(name.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(cells, widths[1:])), sep="  ")
@@ -564,7 +564,7 @@ def draw(axes, seeds: list, column: int, **line) -> None:
         return
     points, together = {}, min(seed[-1, 0] for seed in seeds)
     for seed in seeds:
-        for steps, value in seed[seed[:, 0] <= together]:
+        for steps, value in seed:
             points.setdefault(steps / 1e6, []).append(value)
         ahead = seed[max(0, np.searchsorted(seed[:, 0], together, "right") - 1) :]
         axes.plot(ahead[:, 0] / 1e6, ahead[:, 1], linewidth=0.5, alpha=0.7, **line)

@@ -332,6 +332,7 @@ def test_a_mistake_in_a_grid_is_one_line_that_says_where(tmp_path, grid, parts):
         (["--num-samples", 0], ["--num-samples", "at least 1"]),
         (["--python", "'python"], ["--python", "a command"]),
         (["--python", ""], ["--python", "a command"]),
+        (["--action", "local", "--python", "no/python"], ["--python", "'no/python'", "found"]),
         (["--submit"], ["--submit", "--action slurm"]),
         (["--action", "local", "--partition", "gpu"], ["--partition", "--action slurm"]),
         (["--action", "slurm", "--workers", 2], ["--workers", "--action local"]),
@@ -587,6 +588,9 @@ def test_a_sweep_that_runs_here_is_stopped_and_goes_on_and_status_follows_it(tmp
     )
     _, summary, code = rows(tmp_path, write_grid(tmp_path, {**grid, "total_timesteps": [640]}, name="longer"))
     assert code == 3 and "2 stopped" in summary and "50.0 %" in summary
+
+    result = run_sweep(tmp_path, *options, "--only-missing", "--action", "local")
+    assert result.returncode == 0 and "nothing to start" in result.stdout
 
     # What is offered is not finished for the script either: a file of the user's is no final checkpoint.
     final.rename(final.with_name("model_best.pt"))
