@@ -151,7 +151,7 @@ def check_args(args: Args) -> None:
     for name, least in {**smallest, "start_index": 0, "max_restarts": 0, "max_array_size": 2}.items():
         require(getattr(args, name) is None or getattr(args, name) >= least, name, f"at least {least}")
     require(args.job_name is None or re.fullmatch(r"\w[\w.+-]*", args.job_name), "job_name", "letters, digits and .+-_")
-    require(args.gpus is None or re.fullmatch(r"[\w-]+(,[\w-]+)*", args.gpus), "gpus", "numbers, such as 0,1,2")
+    require(args.gpus is None or re.fullmatch(r"[\w/-]+(,[\w/-]+)*", args.gpus), "gpus", "numbers, such as 0,1,2")
     for name in (*SBATCH_OPTIONS, "sbatch_arg"):
         words = "".join(args.sbatch_arg) if name == "sbatch_arg" else str(getattr(args, name))
         require(not re.search(f'"|{UNSAFE}', words), name, 'free of " and line ends')
@@ -579,12 +579,10 @@ def draw(axes, seeds: list, column: int, **line) -> None:
 
 def plot(runs: list, output: Path) -> None:
     """Draw a panel per game and a line per method, and write status's table beside it."""
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-        from matplotlib.lines import Line2D
-    except ImportError:
-        fail("--action plot needs the package matplotlib: pip install -r requirements.txt")
+    import matplotlib  # here, as it is slow and only this needs it
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
     if "xpid" not in runs[0].settings:
         fail("--action plot draws the curves of trainings, and the grid's script has no argument xpid", 2)
     panels = {}  # {game: {method: [(steps, train return, test return) of a seed, as an array of rows]}}
@@ -609,9 +607,7 @@ def plot(runs: list, output: Path) -> None:
     labels += [textwrap.fill(method, 100).replace("$", r"\$") for method in methods if method]
     columns = len(panels) if len(panels) <= 3 else math.ceil(math.sqrt(len(panels)))
     rows = math.ceil(len(panels) / columns)
-    legend_columns = max(1, min(len(labels), 36 * max(2, columns) // max(map(len, labels))))
-    legend_lines = sum(label.count("\n") + 1 for label in labels) / legend_columns
-    size = max(6, 2.6 * columns), max(3.2, 2.1 * rows) + 0.2 * legend_lines + 0.4
+    size = (6, 3.4) if len(panels) == 1 else (2.6 * columns, 2.1 * rows)
     with matplotlib.rc_context({"font.size": 8, "axes.spines.top": False, "axes.spines.right": False}):
         figure = Figure(size, layout="constrained")
         grid = figure.subplots(rows, columns, squeeze=False)
@@ -626,11 +622,15 @@ def plot(runs: list, output: Path) -> None:
             axes.set_xlabel("environment steps (millions)" if i + columns >= len(panels) else "")
             axes.grid(alpha=0.3)
         several = any(len(seeds) > 1 for methods in panels.values() for seeds in methods.values())
-        note = "mean of the seeds, band: sample standard deviation, thin: seeds that are ahead" if several else ""
-        figure.legend(lines, labels, loc="outside lower center", ncols=legend_columns, title=note, frameon=False)
+        legend = {"loc": "upper center", "bbox_to_anchor": (0.5, 0), "frameon": False}
+        legend["title"] = (
+            "mean of the seeds, band: sample standard deviation, thin: seeds that are ahead" if several else ""
+        )
+        legend["ncols"] = max(1, min(len(labels), int(14 * size[0]) // max(map(len, labels))))
+        figure.legend(lines, labels, **legend)
         output.parent.mkdir(parents=True, exist_ok=True)
         try:
-            figure.savefig(output, dpi=200)
+            figure.savefig(output, dpi=200, bbox_inches="tight")  # which makes room for the legend
         except ValueError as error:  # of matplotlib, about the suffix
             fail(f"--output {output}: {error}", 2)
     write_csv(output.with_suffix(".csv"), summarise(runs, [progress_of(run) for run in runs])[0])
@@ -819,5 +819,7 @@ if __name__ == "__main__":
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # nor one if the reader, such as head, has had enough
     try:
         sys.exit(main())
+    except ModuleNotFoundError as error:
+        fail(f"the package {error.name} is missing: pip install -r requirements.txt")
     except OSError as error:
         fail(f"{error.filename or 'the output'} could not be used: {error.strerror}")

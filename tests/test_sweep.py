@@ -209,7 +209,7 @@ def test_a_name_depends_on_the_run_alone(tmp_path):
 def test_names_are_those_that_the_script_gives_itself(tmp_path):
     """Over random values of every argument."""
     generator = random.Random(0)
-    values = {"int": lambda: generator.randrange(1, 10**6), "float": lambda: generator.uniform(1e-7, 1)}
+    values = {"int": lambda: generator.randrange(1, 10**6), "float": lambda: generator.choice([1, generator.random()])}
     values |= {
         "bool": lambda: generator.random() < 0.5,
         "str": lambda: "x" + "".join(generator.choices("a/ %é+-.", k=4)),
@@ -218,8 +218,10 @@ def test_names_are_those_that_the_script_gives_itself(tmp_path):
     for _ in range(40):
         names = generator.sample(sorted(annotations.keys() - {"xpid", "resume"}), 12)
         given = {name: values[annotations[name].split(" |")[0]]() for name in names}
-        (name,) = xpids(commands(tmp_path, write_grid(tmp_path, {key: [value] for key, value in given.items()})))
-        assert name == ppo_procgen.default_xpid(ppo_procgen.Args(**given))
+        (line,) = commands(tmp_path, write_grid(tmp_path, {key: [value] for key, value in given.items()}))
+        args = tyro.cli(ppo_procgen.Args, args=shlex.split(line)[2:])  # what the script will see
+        name, args.xpid = args.xpid, None
+        assert name == ppo_procgen.default_xpid(args)
 
 
 def test_hostile_values_give_xpids_that_are_folder_names_and_differ(tmp_path):
@@ -617,9 +619,10 @@ def test_a_sweep_that_runs_here_is_stopped_and_goes_on_and_status_follows_it(tmp
     mean = json.loads(metadata.read_text())["return_mean"]
     assert code == 0 and table["ratio=0.75"]["final test"] == f"{mean:.2f}"
     assert not commands(tmp_path, grid, "--only-missing")
-    metadata.write_text('{"steps": ')
-    table, _, code = rows(tmp_path, grid)
-    assert code == 3 and [row["damaged"] for row in table.values()] == ["0", "1"]
+    for content in ('{"steps": ', "[1]"):
+        metadata.write_text(content)
+        table, _, code = rows(tmp_path, grid)
+        assert code == 3 and [row["damaged"] for row in table.values()] == ["0", "1"]
 
 
 NOTE_ENVIRONMENT = """
@@ -852,6 +855,18 @@ def test_curves_of_configurations_share_a_panel_and_long_names_are_wrapped(tmp_p
     assert [name.replace("\n", "") for name in names] == ["xpid=a", "xpid=" + "b" * 180]
     assert max(len(line) for name in names for line in name.split("\n")) <= 100
     assert [row["final_test_return"] for row in table] == ["6.0", "6.0"]
+
+
+def test_without_matplotlib_only_the_curves_are_missing(tmp_path):
+    fake_run(tmp_path, 0, 32768, 8.0, [5.0])
+    grid = write_grid(tmp_path, {"env_id": ["maze"], "total_timesteps": [32768]})
+    without = "import runpy, sys; sys.modules['matplotlib'] = None; runpy.run_path(sys.argv[0], run_name='__main__')"
+    without = without.replace("; runpy", f"; sys.argv[0] = {str(PROJECT / 'sweep.py')!r}; runpy")
+    for action, code in (("status", 0), ("plot", 1)):
+        command = [sys.executable, "-c", without, "--grid-config", grid, "--action", action]
+        result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert result.returncode == code, result.stderr
+    assert_one_line(result.stderr, "matplotlib", "pip install -r requirements.txt")
 
 
 def test_a_picture_of_another_kind_is_refused(tmp_path):
