@@ -172,9 +172,20 @@ def read_file(path: Path, name: str) -> str:
         fail(f"{name} {path} cannot be read: {getattr(error, 'strerror', 'it is no text')}", 2)
 
 
+def write_file(path: Path, content: str) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content, "utf-8")
+    except OSError as error:
+        fail(f"{path} could not be written: {error.strerror}")
+
+
 def find(path: str) -> Path:
     """A file of the current folder or else of the one that this script is in."""
     return Path(path) if os.path.exists(path) else HERE / path
+
+
+# FROM A GRID TO RUNS
 
 
 def read_script(script: Path) -> tuple:
@@ -339,6 +350,9 @@ def expand(args: Args, path: Path) -> list:
     return runs
 
 
+# STATUS
+
+
 def state_of(folder: Path, done: bool, started: bool) -> str:
     """One of STATES. The scripts wait a second for the lock of their folder, so asking does not get in their way."""
     try:
@@ -351,14 +365,14 @@ def state_of(folder: Path, done: bool, started: bool) -> str:
     return "done" if done else "stopped" if started else "not started"
 
 
-CURVES = ("global_step", "charts/episodic_return", "charts/test_return")
+COLUMNS = ("global_step", "charts/episodic_return", "charts/test_return")
 
 
 def read_curves(table: Path, last: int | None = None) -> list:
     """(steps, train return, test return or nan) of the rows of a progress.csv, or of those in its last bytes only."""
     with open(table, "rb") as file:
         names = file.readline().decode().strip().split(",")
-        columns = [names.index(name) for name in CURVES]
+        columns = [names.index(name) for name in COLUMNS]
         size = table.stat().st_size
         if last is not None and size - last > file.tell():
             file.seek(size - last)
@@ -556,6 +570,9 @@ def print_status(args: Args, runs: list) -> int:
     return 0 if counts[0] == len(runs) else 3
 
 
+# CURVES
+
+
 def draw(axes, seeds: list, column: int, **line) -> None:
     """Mean and deviation of a column as far as all seeds have come; beyond that each seed by itself, thin."""
     seeds = [seed[~np.isnan(seed[:, column])][:, [0, column]] for seed in seeds]
@@ -637,6 +654,9 @@ def plot(runs: list, output: Path) -> None:
     print(f"{output}, and its table {output.with_suffix('.csv')}")
 
 
+# RUNNING HERE
+
+
 def run_local(args: Args, runs: list) -> int:
     """Run the commands here, with a log each; SIGINT and SIGTERM are passed on to them. Returns the exit code."""
     folder = Path("logs", args.job_name)
@@ -687,12 +707,7 @@ def run_local(args: Args, runs: list) -> int:
     return 0 if ended["done"] == len(runs) else EXIT_STOPPED
 
 
-def write_file(path: Path, content: str) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(content, "utf-8")
-    except OSError as error:
-        fail(f"{path} could not be written: {error.strerror}")
+# RUNNING ON SLURM
 
 
 def ask_max_array_size() -> int:
