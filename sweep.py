@@ -89,7 +89,6 @@ SBATCH_OPTIONS = NAMES[NAMES.index("partition") : NAMES.index("sbatch_arg")]
 # What decides where collect_procgen.py writes.
 DATASET_ARGUMENTS = "env_id ratio ratio_checkpoint_dir ratio_dataset_dir checkpoint dataset_saving_dir".split()
 EXIT_STOPPED = 75  # of a script that was stopped by a signal with everything saved
-LEAKING = ("SLURM_RESTART_COUNT", "SLURM_CPUS_PER_TASK")  # from a job that submits into its jobs
 UNSAFE = "[\0-\x1f\x7f-\x9f\ud800-\udfff]"  # control characters, and what is no text
 HERE = Path(__file__).parent
 # Return ranges of Cobbe et al. 2020, appendix C, for the normalised return (R - min) / (max - min).
@@ -774,15 +773,15 @@ def write_sbatch(args: Args, runs: list) -> list:
     for path, content in files.items():
         write_file(path, content)
     submit_all = "".join(f"sbatch {shlex.quote(str(path.absolute()))}\n" for path in files)
-    start = f"#!/bin/sh\n# Submits all of this sweep's arrays.\nset -e\nunset {' '.join(LEAKING)}\n"
+    start = "#!/bin/sh\n# Submits all of this sweep's arrays.\nset -e\nunset SLURM_RESTART_COUNT\n"
     write_file(folder / "submit_all.sh", start + submit_all)
     return list(files)
 
 
 def submit(paths: list) -> None:
-    environment = {name: value for name, value in os.environ.items() if name not in LEAKING}
+    os.environ.pop("SLURM_RESTART_COUNT", None)  # of a job that submits: its jobs would inherit it
     for i, path in enumerate(paths):
-        result = subprocess.run(["sbatch", "--parsable", path], capture_output=True, text=True, env=environment)
+        result = subprocess.run(["sbatch", "--parsable", path], capture_output=True, text=True)
         if result.returncode:
             left = " && ".join(f"sbatch {path}" for path in paths[i:])
             fail(f"sbatch {path} failed: {' '.join(result.stderr.split())}. To submit what is left: {left}")

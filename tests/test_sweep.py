@@ -474,7 +474,7 @@ def test_sbatch_files_are_sound_bash_with_the_sites_settings(tmp_path):
     scripts = [*generated.glob("*.sbatch"), generated / "submit_all.sh"]
     for script in scripts:
         subprocess.run(["bash", "-n", script], check=True)
-    assert "unset SLURM_RESTART_COUNT SLURM_CPUS_PER_TASK" in (generated / "submit_all.sh").read_text()
+    assert "unset SLURM_RESTART_COUNT" in (generated / "submit_all.sh").read_text()
     if shutil.which("shellcheck"):
         subprocess.run(["shellcheck", *scripts], check=True)
     else:
@@ -493,26 +493,25 @@ def test_a_smaller_sweep_of_a_name_is_refused_and_the_same_one_written_again(tmp
 
 
 SBATCH = """#!/bin/sh
-echo "$2 restart=$SLURM_RESTART_COUNT cpus=$SLURM_CPUS_PER_TASK" >> submitted.txt
+echo "$2 restart=$SLURM_RESTART_COUNT" >> submitted.txt
 case $2 in *_2.sbatch) echo "sbatch: error: QOSMaxSubmitJobPerUserLimit" >&2; exit 1;; esac
 echo 1234
 """
 
 
 def test_a_refused_array_is_named_with_those_after_it(tmp_path, monkeypatch):
-    """And nothing of a job that submits leaks into its jobs."""
+    """And the restarts of a job that submits are not those of its jobs."""
     (tmp_path / "bin").mkdir()
     write_script(tmp_path / "bin", SBATCH, "sbatch").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "3")
-    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "8")
     grid = write_grid(tmp_path, {"env_id": ["miner", "maze", "ninja"]})
     result = run_sweep(tmp_path, grid, "--action", "slurm", "--max-array-size", 2, "--submit")
     first, second, third = (f"slurm/generated/my_grid/array_{i}.sbatch" for i in (1, 2, 3))
     assert result.returncode == 1
     assert f"submitted {first} as job 1234; logs in slurm/generated/my_grid/logs/" in result.stdout
     assert_one_line(result.stderr, "QOSMax", f"left: sbatch {second} && sbatch {third}")
-    assert (tmp_path / "submitted.txt").read_text() == f"{first} restart= cpus=\n{second} restart= cpus=\n"
+    assert (tmp_path / "submitted.txt").read_text() == f"{first} restart=\n{second} restart=\n"
 
 
 def test_a_labs_own_template_is_filled_and_its_mistakes_are_named(tmp_path):
@@ -1114,7 +1113,7 @@ def test_slurm_setup_may_set_shell_options(cluster, tmp_path):
     (job,) = submit(tmp_path, grid, "--runs-per-task", 2, "--setup", "set -euo pipefail")
     assert ended(cluster, job) == {1: ("FAILED", "3:0")}
     log = (tmp_path / "slurm/generated/my_grid/logs" / f"{job}_1.log").read_text()
-    assert "exit code 3 of command 1" in log and "exit code 0 of command 2" in log
+    assert "exit code 3 of command 1" in log and "exit code 0 of command 2" in log and "setup" not in log
 
 
 @pytest.mark.parametrize("line", ["source nothing/activate", "exit 9", "cd /nowhere"])
