@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import os
 import random
 import re
@@ -15,11 +16,13 @@ from dataclasses import fields
 from pathlib import Path
 
 import filelock
+import numpy as np
 import pytest
 import slurm_cluster
 import torch
 import tyro
 from conftest import assert_one_line, run_main, wait_for
+from matplotlib.figure import Figure
 
 import collect_procgen
 import ppo_procgen
@@ -101,11 +104,44 @@ def test_seeds_count_up_from_the_grids_seed_and_the_start_index(tmp_path, seeds,
     assert [int(line.split("--seed ")[1].split()[0]) for line in lines] == expected
 
 
-def test_numbers_keep_the_text_of_the_file(tmp_path):
-    texts = ["0.0005", "25000000", "0.00001", "1e-4", "-0.50", "100000000000000000000", "1.0"]
-    grid = write_grid(tmp_path, f'{{"script": "{write_script(tmp_path)}", "grid": {{"number": [{", ".join(texts)}]}}}}')
+def test_numbers_arrive_as_they_are(tmp_path):
+    """A float in the shortest form that is the same float, a whole number for an int, however the file spells it."""
+    spelled = ["0.0005", "25e6", "0.00001", "-0.50", "100000000000000000000", "3"]
+    grid = write_grid(
+        tmp_path, f'{{"script": "{write_script(tmp_path)}", "grid": {{"number": [{", ".join(spelled)}]}}}}'
+    )
     words = [line.split("--number")[1][1:].split()[0] for line in commands(tmp_path, grid)]
-    assert words == texts
+    assert words == ["0.0005", "25000000.0", "1e-05", "-0.5", "1e+20", "3.0"]
+    assert [float(word) for word in words] == [float(text) for text in spelled]
+    grid = write_grid(tmp_path, '{"script": "ppo_procgen.py", "grid": {"total_timesteps": [25e6, 16384.0]}}')
+    words = [line.split("--total-timesteps ")[1].split()[0] for line in commands(tmp_path, grid)]
+    assert words == ["25000000", "16384"]
+
+
+def test_samples_are_configurations_of_the_grid_the_same_every_time(tmp_path):
+    grid = write_grid(
+        tmp_path, {"gamma": [i / 100 for i in range(100)], "learning_rate": [i / 1e4 for i in range(1, 90)]}
+    )
+    everything = commands(tmp_path, grid)
+    ten = commands(tmp_path, grid, "--num-samples", 10)
+    assert len(set(ten)) == 10 and set(ten) < set(everything)
+    assert ten == commands(tmp_path, grid, "--num-samples", 10) == [line for line in everything if line in ten]
+    assert set(ten) < set(commands(tmp_path, grid, "--num-samples", 20))  # a search can be enlarged
+    assert not set(ten) & set(commands(tmp_path, grid, "--num-samples", 10, "--sample-seed", 1))
+    assert len(commands(tmp_path, grid, "--num-samples", 10, "--num-trials", 3)) == 30
+    assert commands(tmp_path, grid, "--num-samples", 8900) == everything
+    result = run_sweep(tmp_path, grid, "--num-samples", 8901)
+    assert result.returncode == 2
+    assert_one_line(result.stderr, "--num-samples is 8901", "my_grid.json has 8900")
+
+
+def test_the_interpreter_may_be_several_words(tmp_path):
+    grid = write_grid(tmp_path, {"text": ["a"]}, write_script(tmp_path))
+    (line,) = commands(tmp_path, grid, "--python", f"nice -n 19 '{sys.executable}'")
+    subprocess.run(["sh", "-c", line], cwd=tmp_path, check=True)
+    assert json.loads((tmp_path / "noted.txt").read_text())[:2] == ["--text", "a"]
+    (line,) = commands(tmp_path, grid, "--python", "'my env/python' -u")
+    assert shlex.split(line)[:3] == ["my env/python", "-u", f"{tmp_path}/note.py"]
 
 
 def test_booleans_become_flags_and_null_leaves_an_argument_out(tmp_path):
@@ -131,7 +167,7 @@ HOSTILE = [
     "\\n",
     "é",
 ]
-HOSTILE += ["line\nbreak and \\ $HOME", "\nfirst", "{}", "%b", "!!", "a\tb"]
+HOSTILE += ["{}", "%b", "!!", "$HOME \\ $$"]
 
 
 @pytest.mark.parametrize("shell", ["sh", "bash"])
@@ -173,7 +209,7 @@ def test_a_name_depends_on_the_run_alone(tmp_path):
 def test_names_are_those_that_the_script_gives_itself(tmp_path):
     """Over random values of every argument."""
     generator = random.Random(0)
-    values = {"int": lambda: generator.randrange(1, 10**6), "float": lambda: generator.uniform(1e-7, 1)}
+    values = {"int": lambda: generator.randrange(1, 10**6), "float": lambda: generator.choice([1, generator.random()])}
     values |= {
         "bool": lambda: generator.random() < 0.5,
         "str": lambda: "x" + "".join(generator.choices("a/ %é+-.", k=4)),
@@ -182,12 +218,14 @@ def test_names_are_those_that_the_script_gives_itself(tmp_path):
     for _ in range(40):
         names = generator.sample(sorted(annotations.keys() - {"xpid", "resume"}), 12)
         given = {name: values[annotations[name].split(" |")[0]]() for name in names}
-        (name,) = xpids(commands(tmp_path, write_grid(tmp_path, {key: [value] for key, value in given.items()})))
-        assert name == ppo_procgen.default_xpid(ppo_procgen.Args(**given))
+        (line,) = commands(tmp_path, write_grid(tmp_path, {key: [value] for key, value in given.items()}))
+        args = tyro.cli(ppo_procgen.Args, args=shlex.split(line)[2:])  # what the script will see
+        name, args.xpid = args.xpid, None
+        assert name == ppo_procgen.default_xpid(args)
 
 
 def test_hostile_values_give_xpids_that_are_folder_names_and_differ(tmp_path):
-    values = ["a b", "a_b", "a/b", "a%20b", "a\nb"]
+    values = ["a b", "a_b", "a/b", "a%20b", "a:b"]
     names = xpids(commands(tmp_path, write_grid(tmp_path, {"checkpoint": values})))
     assert len(set(names)) == len(values) and all(re.fullmatch(r"[\w.%+-]+", name) for name in names)
 
@@ -256,16 +294,15 @@ def test_a_hundred_thousand_commands_differ(tmp_path):
         ({"vf_coef": [1, 1.0]}, ["'vf_coef'", "1.0", "2 configurations"]),
         ({"seed": [0, 1]}, ["'seed'", "2 configurations"]),
         ({"seed": [None, 1]}, ["my_grid.json", "seed"]),
-        ({"num_envs": [64.0]}, ["'num_envs'", "64.0", "int"]),
+        ({"num_envs": [64.5]}, ["'num_envs'", "64.5", "int"]),
         ({"num_envs": [True]}, ["'num_envs'", "true", "int"]),
         ({"anneal_lr": ["yes"]}, ["'anneal_lr'", '"yes"', "bool"]),
         ({"env_id": [3]}, ["'env_id'", "3", "str"]),
         ({"env_id": [["miner"]]}, ["'env_id'", "str"]),
         ({"gamma": [float("nan")]}, ["'gamma'", "NaN", "finite"]),
-        ('{"script": "ppo_procgen.py", "grid": {"gamma": [1e999]}}', ["'gamma'", "1e999", "finite"]),
-        ({"checkpoint": ["a\n"]}, ["'checkpoint'", "line end"]),
+        ('{"script": "ppo_procgen.py", "grid": {"gamma": [1e999]}}', ["'gamma'", "Infinity", "finite"]),
+        ({"checkpoint": ["a\n"]}, ["'checkpoint'", "control characters"]),
         ('{"script": "ppo_procgen.py", "grid": {"checkpoint": ["\\ud800"]}}', ["'checkpoint'", "text"]),
-        ({"checkpoint": ["a" * 250, "b"]}, ["my_grid.json", "too long"]),
         ({"gamma": [10**400]}, ["'gamma'", "finite"]),
         ("[" * 100_000, ["my_grid.json", "JSON"]),
         ('{"script": "ppo_procgen.py", "grid": {"env_id": ["miner",]}}', ["my_grid.json", "JSON", "line 1 column"]),
@@ -290,9 +327,22 @@ def test_a_mistake_in_a_grid_is_one_line_that_says_where(tmp_path, grid, parts):
         (["--action", "run"], ["--action", "'run'", "status"]),
         (["--num-trials", 0], ["--num-trials", "at least 1"]),
         (["--start-index", -1], ["--start-index", "at least 0"]),
-        (["--runs-per-task", 0], ["--runs-per-task", "at least 1"]),
-        (["--max-array-size", 1], ["--max-array-size", "at least 2"]),
+        (["--action", "slurm", "--runs-per-task", 0], ["--runs-per-task", "at least 1"]),
+        (["--action", "slurm", "--max-array-size", 1], ["--max-array-size", "at least 2"]),
+        (["--action", "local", "--workers", 0], ["--workers", "at least 1"]),
+        (["--action", "local", "--gpus", "0;1"], ["--gpus", "'0;1'", "0,1,2"]),
+        (["--num-samples", 0], ["--num-samples", "at least 1"]),
+        (["--python", "'python"], ["--python", "a command"]),
+        (["--python", ""], ["--python", "a command"]),
+        (["--action", "local", "--python", "no/python"], ["--python", "'no/python'", "found"]),
         (["--submit"], ["--submit", "--action slurm"]),
+        (["--action", "local", "--partition", "gpu"], ["--partition", "--action slurm"]),
+        (["--action", "slurm", "--workers", 2], ["--workers", "--action local"]),
+        (["--action", "status", "--only-missing"], ["--only-missing", "print and save and local and slurm"]),
+        (["--action", "slurm", "--output", "x"], ["--output", "save and plot"]),
+        (["--action", "save", "--verbose"], ["--verbose", "--action status"]),
+        (["--csv", "x"], ["--csv", "--action status"]),
+        (["--action", "plot"], ["nothing to draw", "progress.csv"]),
         (["--action", "slurm", "--job-name", "a/b"], ["--job-name", "'a/b'"]),
         (["--action", "slurm", "--partition", 'a"b'], ["--partition"]),
         (["--action", "slurm", "--sbatch-arg", "a\nb"], ["--sbatch-arg"]),
@@ -304,9 +354,17 @@ def test_a_mistake_in_a_grid_is_one_line_that_says_where(tmp_path, grid, parts):
 def test_a_mistake_in_an_option_is_one_line_and_writes_nothing(tmp_path, options, parts):
     grid = write_grid(tmp_path, {"env_id": ["miner", "maze"]})
     result = run_sweep(tmp_path, grid, *options)
-    assert result.returncode == (1 if "--output" in options else 2)
+    assert result.returncode == (1 if "/dev/null/x" in options or "plot" in options else 2)
     assert_one_line(result.stderr, *parts)
     assert os.listdir(tmp_path) == ["my_grid.json"]
+
+
+def test_a_folder_that_sbatch_would_misread_is_refused(tmp_path):
+    for name in ("100%", "a\\b", 'a"b'):
+        (tmp_path / name).mkdir()
+        result = run_sweep(tmp_path / name, write_grid(tmp_path, {}), "--action", "slurm")
+        assert result.returncode == 2 and not os.listdir(tmp_path / name)
+        assert_one_line(result.stderr, "current folder", "%")
 
 
 def test_a_grid_that_is_not_there_is_one_line(tmp_path):
@@ -354,7 +412,8 @@ def test_the_command_file_gets_the_grids_name_or_the_given_one(tmp_path):
     printed = commands(tmp_path, grid)
     run_sweep(tmp_path, grid, "--action", "save")
     run_sweep(tmp_path, grid, "--action", "save", "--output", "deep/er.txt")
-    for path in ("my_grid.txt", "deep/er.txt"):
+    run_sweep(tmp_path, grid, "--action", "SAVE", "--output", "capitals.txt")
+    for path in ("my_grid.txt", "deep/er.txt", "capitals.txt"):
         assert (tmp_path / path).read_text().splitlines() == printed
 
 
@@ -415,6 +474,7 @@ def test_sbatch_files_are_sound_bash_with_the_sites_settings(tmp_path):
     scripts = [*generated.glob("*.sbatch"), generated / "submit_all.sh"]
     for script in scripts:
         subprocess.run(["bash", "-n", script], check=True)
+    assert "unset SLURM_RESTART_COUNT" in (generated / "submit_all.sh").read_text()
     if shutil.which("shellcheck"):
         subprocess.run(["shellcheck", *scripts], check=True)
     else:
@@ -423,13 +483,35 @@ def test_sbatch_files_are_sound_bash_with_the_sites_settings(tmp_path):
 
 def test_a_smaller_sweep_of_a_name_is_refused_and_the_same_one_written_again(tmp_path):
     grid = write_grid(tmp_path, {"env_id": ["miner", "maze", "ninja"]})
-    options = ["--action", "slurm", "--job-name", "job"]
+    options = ["--action", "SLURM", "--job-name", "job"]
     assert run_sweep(tmp_path, grid, *options, "--max-array-size", 2).returncode == 0
     assert run_sweep(tmp_path, grid, *options, "--time", 5).returncode == 0
     assert [path.name for path in (tmp_path / "slurm/generated/job").glob("*.sbatch")] == ["array.sbatch"]
     result = run_sweep(tmp_path, write_grid(tmp_path, {"env_id": ["miner"]}), *options)
     assert result.returncode == 2
     assert_one_line(result.stderr, "slurm/generated/job", "--job-name")
+
+
+SBATCH = """#!/bin/sh
+echo "$2 restart=$SLURM_RESTART_COUNT" >> submitted.txt
+case $2 in *_2.sbatch) echo "sbatch: error: QOSMaxSubmitJobPerUserLimit" >&2; exit 1;; esac
+echo 1234
+"""
+
+
+def test_a_refused_array_is_named_with_those_after_it(tmp_path, monkeypatch):
+    """And the restarts of a job that submits are not those of its jobs."""
+    (tmp_path / "bin").mkdir()
+    write_script(tmp_path / "bin", SBATCH, "sbatch").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "3")
+    grid = write_grid(tmp_path, {"env_id": ["miner", "maze", "ninja"]})
+    result = run_sweep(tmp_path, grid, "--action", "slurm", "--max-array-size", 2, "--submit")
+    first, second, third = (f"slurm/generated/my_grid/array_{i}.sbatch" for i in (1, 2, 3))
+    assert result.returncode == 1
+    assert f"submitted {first} as job 1234; logs in slurm/generated/my_grid/logs/" in result.stdout
+    assert_one_line(result.stderr, "QOSMax", f"left: sbatch {second} && sbatch {third}")
+    assert (tmp_path / "submitted.txt").read_text() == f"{first} restart=\n{second} restart=\n"
 
 
 def test_a_labs_own_template_is_filled_and_its_mistakes_are_named(tmp_path):
@@ -447,44 +529,47 @@ def test_the_ranges_are_those_of_the_collector():
     assert sweep.RANGES == collect_procgen.RANGES
 
 
-# STATUS, AND THE COMMAND LIST
+# STATUS, AND RUNNING HERE
 
 
 def rows(folder, *arguments):
     """Cells of status by configuration, its summary line, and the exit code."""
     result = run_sweep(folder, *arguments, "--action", "status")
     assert not result.stderr
-    header, *lines, summary = result.stdout.splitlines()
+    header, *lines = result.stdout.splitlines()
     names = re.split(r"\s{2,}", header.strip())
-    table = [dict(zip(names, re.split(r"\s{2,}", line.strip()))) for line in lines]
-    return {row["configuration"]: row for row in table}, summary, result.returncode
+    (end,) = [i for i, line in enumerate(lines) if re.match(r"\d+ configurations, ", line)]
+    table = [dict(zip(names, re.split(r"\s{2,}", line.strip()))) for line in lines[:end]]
+    return {row["configuration"]: row for row in table}, lines[end], result.returncode
 
 
-def test_a_command_list_under_xargs_resumes_and_ends_and_status_follows_it(tmp_path):
-    grid = write_grid(
-        tmp_path, {**TINY, "env_id": ["leaper", "starpilot"], "total_timesteps": [320], "archive_interval": [5]}
-    )
-    options = [grid, "--python", sys.executable]
+def start_sweep(folder, *arguments):
+    command = [sys.executable, PROJECT / "sweep.py", "--grid-config", *map(str, arguments), "--action", "local"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen([*command, "--python", sys.executable], cwd=folder, **pipes)
+
+
+def test_a_sweep_that_runs_here_is_stopped_and_goes_on_and_status_follows_it(tmp_path):
+    grid = {**TINY, "env_id": ["leaper", "starpilot"], "total_timesteps": [320], "archive_interval": [5]}
+    options = [write_grid(tmp_path, grid), "--python", sys.executable]
     table, summary, code = rows(tmp_path, *options)
     assert (table["env_id=starpilot"]["not started"], table["env_id=starpilot"]["progress"], code) == ("1", "0.0 %", 3)
 
-    run_sweep(tmp_path, *options, "--action", "save")
-    xargs = ["xargs", "-d", "\n", "-P", "2", "-I{}", "sh", "-c", "{}"]
-    with open(tmp_path / "my_grid.txt") as lines:
-        process = subprocess.Popen(xargs, stdin=lines, cwd=tmp_path, start_new_session=True)
+    process = start_sweep(tmp_path, options[0], "--workers", 2)
     wait_for(lambda: len(list(tmp_path.glob("models/*/*/progress.csv"))) == 2, process)
     table, _, _ = rows(tmp_path, *options)
     assert table["env_id=starpilot"]["running"] == "1"
-    os.killpg(process.pid, signal.SIGTERM)
-    process.wait()
-    wait_for_unlocked = time.monotonic() + 60
-    while "0 running" not in (summary := rows(tmp_path, *options)[1]):
-        assert time.monotonic() < wait_for_unlocked
-        time.sleep(0.2)
+    assert not commands(tmp_path, *options, "--only-missing")  # what is running is not to be started again
+    process.send_signal(signal.SIGTERM)
+    assert "2 runs: 0 done, 0 failed, 2 stopped, 0 not started; logs in logs/my_grid/" in process.communicate()[0]
+    assert process.returncode == 75
+    _, summary, _ = rows(tmp_path, *options)
     assert "0 done" in summary and "2 stopped" in summary
 
-    with open(tmp_path / "my_grid.txt") as lines:
-        subprocess.run(xargs, stdin=lines, cwd=tmp_path, check=True)
+    process = start_sweep(tmp_path, options[0], "--workers", 2)
+    assert "2 runs: 2 done" in process.communicate()[0] and process.returncode == 0
+    for log in (tmp_path / "logs" / "my_grid").iterdir():
+        assert "stopped by SIGTERM" in log.read_text() and log.read_text().splitlines()[-1].startswith("done: ")
     table, summary, code = rows(tmp_path, *options)
     assert code == 0 and summary == (
         "2 configurations, 2 runs: 2 done, 0 running, 0 stopped, 0 not started; 100.0 % in all"
@@ -492,7 +577,7 @@ def test_a_command_list_under_xargs_resumes_and_ends_and_status_follows_it(tmp_p
     (final,) = tmp_path.glob("models/starpilot/*/final/model_*.pt")
     test_return = torch.load(final, weights_only=True)["test_return"]
     assert table["env_id=starpilot"]["test return"] == f"{test_return:.2f}"
-    assert table["env_id=starpilot"]["final test"] == f"{test_return:.2f} +- 0.00"
+    assert table["env_id=starpilot"]["final test"] == f"{test_return:.2f}"  # of one seed
     assert table["env_id=starpilot"]["normalised"] == f"{(test_return - 2.5) / 61.5:.2f}"
 
     # Without --xpid the script finds the same folder, and what is finished is left out of a new list.
@@ -502,10 +587,18 @@ def test_a_command_list_under_xargs_resumes_and_ends_and_status_follows_it(tmp_p
     assert commands(tmp_path, *options, "--only-missing", "--num-trials", 2) == commands(
         tmp_path, *options, "--start-index", 1
     )
-    longer = json.loads(Path(grid).read_text())
-    longer["grid"]["total_timesteps"] = [640]
-    _, summary, code = rows(tmp_path, write_grid(tmp_path, json.dumps(longer), name="longer"))
+    _, summary, code = rows(tmp_path, write_grid(tmp_path, {**grid, "total_timesteps": [640]}, name="longer"))
     assert code == 3 and "2 stopped" in summary and "50.0 %" in summary
+
+    result = run_sweep(tmp_path, *options, "--only-missing", "--action", "local")
+    assert result.returncode == 0 and "nothing to start" in result.stdout
+
+    # What is offered is not finished for the script either: a file of the user's is no final checkpoint.
+    final.rename(final.with_name("model_best.pt"))
+    (line,) = commands(tmp_path, *options, "--only-missing")
+    again = run_main(ppo_procgen, shlex.split(line)[2:], tmp_path)
+    assert again.returncode == 0 and "is finished" not in again.stdout
+    assert not commands(tmp_path, *options, "--only-missing")
 
     # The collection from these runs.
     grid = {
@@ -523,37 +616,136 @@ def test_a_command_list_under_xargs_resumes_and_ends_and_status_follows_it(tmp_p
     table, _, code = rows(tmp_path, grid)
     (metadata,) = tmp_path.glob("models/leaper/*/test_dataset/0.75/metadata.json")
     mean = json.loads(metadata.read_text())["return_mean"]
-    assert code == 0 and table["ratio=0.75"]["final test"] == f"{mean:.2f} +- 0.00"
+    assert code == 0 and table["ratio=0.75"]["final test"] == f"{mean:.2f}"
     assert not commands(tmp_path, grid, "--only-missing")
+    for content in ('{"steps": ', "[1]"):
+        metadata.write_text(content)
+        table, _, code = rows(tmp_path, grid)
+        assert code == 3 and [row["damaged"] for row in table.values()] == ["0", "1"]
 
 
-def fake_run(folder, seed, steps, train, tests, final=True):
+NOTE_ENVIRONMENT = """
+import os, sys, time
+class Args:
+    number: int = 0
+with open("noted.txt", "a") as file:
+    print(sys.argv[2], *map(os.environ.get, ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")), file=file)
+time.sleep(0.3)
+print("a last word", sys.argv[2], flush=True)
+sys.exit(5 if sys.argv[2] == "2" else 0)
+"""
+
+
+def test_runs_here_share_cores_and_gpus_and_a_failure_is_named_with_its_log(tmp_path, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    grid = write_grid(tmp_path, {"number": list(range(6))}, write_script(tmp_path, NOTE_ENVIRONMENT))
+    process = start_sweep(tmp_path, grid, "--workers", 2, "--gpus", "3,5", "--job-name", "here")
+    output = process.communicate()[0]
+    assert process.returncode == 1
+    assert "my_grid_3 failed with exit code 5: logs/here/my_grid_3.log: a last word 2" in output
+    assert output.splitlines()[-1] == "6 runs: 5 done, 1 failed, 0 stopped, 0 not started; logs in logs/here/"
+    noted = sorted(line.split() for line in (tmp_path / "noted.txt").read_text().splitlines())
+    threads = str(max(1, len(os.sched_getaffinity(0)) // 2))
+    assert [words[:2] for words in noted] == [[str(number), threads] for number in range(6)]
+    assert {words[2] for words in noted} == {"3", "5"}
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")  # the user's own number stays
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
+    start_sweep(tmp_path, grid, "--workers", 2).communicate()
+    noted = [line.split() for line in (tmp_path / "noted.txt").read_text().splitlines()][6:]
+    assert {words[1] for words in noted} == {"7"} and {words[2] for words in noted} == {"4", "6"}
+
+
+STOPPABLE = """
+import os, signal, sys, time
+class Args:
+    handles: bool = True
+    number: int = 0
+if "--handles" in sys.argv:
+    signal.signal(signal.SIGTERM, lambda *_: (time.sleep(0.5), print("saved", flush=True), os._exit(75)))
+open("started", "a").write("x")
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_what_runs_here_ready_or_not(tmp_path, signum):
+    """Also what is still importing, and dies of the signal."""
+    script = write_script(tmp_path, STOPPABLE)
+    grid = write_grid(tmp_path, {"number": [0, 1, 2], "handles": [True, False]}, script)
+    process = start_sweep(tmp_path, grid, "--workers", 3)
+    wait_for(lambda: (tmp_path / "started").exists() and (tmp_path / "started").read_text() == "xxx", process)
+    process.send_signal(signum)
+    output = process.communicate()[0]
+    assert process.returncode == 75
+    assert output.splitlines()[-1].startswith("6 runs: 0 done, 0 failed, 3 stopped, 3 not started")
+    logs = sorted(log.read_text() for log in tmp_path.glob("logs/*/*.log"))
+    assert len(logs) == 3 and ["saved" in log for log in logs].count(True) == 2
+    assert (tmp_path / "started").read_text() == "xxx"
+
+
+def fake_run(folder, seed, steps, train, tests, final=True, env_id="maze"):
     """The traces of a finished run that status reads. Returned is its folder."""
-    run = folder / "models" / "maze" / f"maze-easy-200-ppo-lr0.0005-epoch3-mb8-v0.5-ha0.01_{seed}"
+    run = folder / "models" / env_id / f"{env_id}-easy-200-ppo-lr0.0005-epoch3-mb8-v0.5-ha0.01_{seed}"
     (run / "final").mkdir(parents=True)
     (run / "rolling").mkdir()
     (run / "rolling" / "model.pt").touch()
     if final:
-        (run / "final" / f"model_{tests[-1]}.pt").touch()
+        (run / "final" / f"model_{tests[-1]:.2f}.pt").touch()
     with open(run / "progress.csv", "w") as file:
-        writer = csv.writer(file)
+        writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["iteration", "global_step", "charts/episodic_return", "charts/test_return"])
         for i, test_return in enumerate(tests, 1):
             writer.writerow([i, steps * i // len(tests), train, test_return])
     return run
 
 
-def test_status_shows_means_and_deviations_over_seeds(tmp_path):
+def test_status_shows_means_and_sample_deviations_over_seeds(tmp_path):
     grid = write_grid(tmp_path, {"env_id": ["maze"], "total_timesteps": [32768]})
     fake_run(tmp_path, 0, 32768, 8.0, [5.0, 6.0])
+    table, summary, _ = rows(tmp_path, grid)
+    assert table["my_grid"]["final test"] == "6.00" and "deviation" not in summary  # one seed has none
     fake_run(tmp_path, 1, 32768, 9.0, [5.0, 9.0])
-    fake_run(tmp_path, 2, 16384, 4.0, [2.0, "nan"], final=False)
-    lock = filelock.FileLock(fake_run(tmp_path, 3, 16384, 6.0, [4.0], final=False) / ".lock")
-    with lock:
-        table, summary, code = rows(tmp_path, grid, "--num-trials", 5)
-    expected = ["2", "1", "1", "1", "60.0 %", "6.75", "5.25", "8.50 +- 0.50", "7.50 +- 1.50", "0.50"]
+    fake_run(tmp_path, 2, 16384, 4.0, [2.0] + [math.nan] * 2000, final=False)  # its test is far from the end
+    with filelock.FileLock(fake_run(tmp_path, 3, 16384, 6.0, [4.0], final=False) / ".lock"):
+        table, summary, code = rows(tmp_path, grid, "--num-trials", 5, "--csv", "deep/table.csv")
+    expected = ["2", "1", "1", "1", "0", "60.0 %", "6.75", "5.25", "8.50 +- 0.71", "7.50 +- 2.12", "0.50"]
     assert list(table["my_grid"].values())[1:] == expected and code == 3
+    summary, deviation = summary.rsplit("; ", 1)
     assert summary == "1 configurations, 5 runs: 2 done, 1 running, 1 stopped, 1 not started; 60.0 % in all"
+    assert deviation == "+- is the sample standard deviation over seeds"
+    (row,) = csv.DictReader(open(tmp_path / "deep" / "table.csv"))
+    wanted = {"configuration": "my_grid", "done": "2", "not_started": "1", "progress": "0.6", "train_return": "6.75"}
+    wanted |= {"final_test_return": "7.5", "normalised": "0.5"}
+    assert wanted.items() <= row.items() and float(row["final_test_return_deviation"]) == pytest.approx(4.5**0.5)
+
+
+def status_lines(folder, *arguments):
+    return run_sweep(folder, *arguments, "--action", "status").stdout.splitlines()
+
+
+def test_status_ends_with_the_interquartile_mean_of_each_method(tmp_path):
+    grid = {"env_id": ["maze", "heist"], "total_timesteps": [32768]}  # their ranges: 5 to 10, and 3.5 to 10
+    grid = write_grid(tmp_path, grid)
+    for seed, test in enumerate([5.0, 6.0, 7.0, 10.0]):
+        fake_run(tmp_path, seed, 32768, 8.0, [test])
+    lines = status_lines(tmp_path, grid, "--num-trials", 4)
+    assert lines[-1].startswith("interquartile mean of normalised test returns: 0.30 (95 % interval 0.")  # 0.2 and 0.4
+    assert lines[-1].endswith("; 1 game, 4 runs)")
+    fake_run(tmp_path, 0, 32768, 8.0, [3.5], env_id="heist")
+    assert "0.20 (one seed: no interval; 2 games, 5 runs)" in status_lines(tmp_path, grid, "--num-trials", 4)[-1]
+    one_seed = status_lines(tmp_path, write_grid(tmp_path, {"env_id": ["maze"], "total_timesteps": [32768]}))
+    assert one_seed[-1].startswith("1 configurations")
+
+
+def test_the_bootstrap_is_stratified_and_covers_the_spread_of_seeds():
+    """Games that differ are no uncertainty; seeds that differ are."""
+    assert (
+        sweep.interquartile_mean({"a": [0.0] * 4, "b": [1.0] * 4})
+        == "0.50 (95 % interval 0.50 to 0.50; 2 games, 8 runs)"
+    )
+    values = list(np.random.default_rng(0).normal(0.5, 0.1, 400))
+    mean, low, high = map(float, re.findall(r"\d\.\d\d", sweep.interquartile_mean({"a": values})))
+    assert low < mean < high and high - low == pytest.approx(4 * 0.1 / 20 * 1.1, abs=0.011)
 
 
 def test_status_puts_the_seeds_of_a_named_configuration_together(tmp_path):
@@ -561,14 +753,130 @@ def test_status_puts_the_seeds_of_a_named_configuration_together(tmp_path):
     assert [row["not started"] for row in table.values()] == ["3", "3"] and list(table) == ["xpid=a", "xpid=b"]
 
 
-def test_a_damaged_table_is_one_line(tmp_path):
-    grid = write_grid(tmp_path, {"env_id": ["maze"]})
-    run = fake_run(tmp_path, 0, 32768, 8.0, [5.0])
-    for content in (b"\xff\xfe", b"a,b\n1,2\n", b"global_step,charts/episodic_return,charts/test_return\n1,x,2\n"):
-        (run / "progress.csv").write_bytes(content)
-        result = run_sweep(tmp_path, grid, "--action", "status")
-        assert result.returncode == 1
-        assert_one_line(result.stderr, "progress.csv")
+HEADER = "iteration,global_step,charts/episodic_return,charts/test_return\n"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"\xff\xfe", b"a,b\n1,2\n", f"{HEADER}1,2,x,3\n", f"{HEADER}1,16384,3", f"{HEADER}1,16384,3,4", HEADER * 2]
+    + [f"{HEADER}1,{'2' * 200_000},3,4,5\n", None],
+)
+def test_a_damaged_table_is_a_row_that_says_so(tmp_path, content):
+    grid = write_grid(tmp_path, {"env_id": ["maze"], "total_timesteps": [32768]})
+    fake_run(tmp_path, 0, 32768, 8.0, [5.0])
+    table = fake_run(tmp_path, 1, 32768, 8.0, [5.0]) / "progress.csv"
+    table.unlink()
+    if content is None:
+        table.mkdir()  # it cannot be read
+    else:
+        table.write_bytes(content if isinstance(content, bytes) else content.encode())
+    cells, summary, code = rows(tmp_path, grid, "--num-trials", 2)
+    assert code == 3 and (cells["my_grid"]["done"], cells["my_grid"]["damaged"]) == ("1", "1")
+    assert "1 done" in summary and "1 damaged" in summary
+    assert "_1: damaged (" in run_sweep(tmp_path, grid, "--num-trials", 2, "--action", "status", "--verbose").stdout
+
+
+def test_verbose_shows_the_newest_log_of_what_is_unfinished_and_its_last_line(tmp_path):
+    grid = write_grid(tmp_path, {"env_id": ["maze"], "total_timesteps": [32768]})
+    fake_run(tmp_path, 0, 32768, 8.0, [5.0])
+    _, first, second = commands(tmp_path, grid, "--num-trials", 3, "--python", "/another/python")
+    for i, (name, lines) in enumerate(
+        {
+            "logs/x/1.log": [f"== {first}", "an older log"],
+            "slurm/generated/x/logs/7_1.log": ["== host", f"== {first}", "out of memory", "", "== exit code 1"],
+            "slurm/generated/x/logs/7_2.log": ["== command 1 writes to slurm/generated/x/logs/7_2.1.log"],
+        }.items()
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("\n".join(lines) + "\n")
+        os.utime(tmp_path / name, (i, i))
+    lines = status_lines(tmp_path, grid, "--num-trials", 3, "--verbose")
+    shown = [line for line in lines if "; " in line and not line.startswith("1 configurations")]
+    names = xpids([first, second])
+    wanted = "slurm/generated/x/logs/7_1.log: out of memory"
+    assert shown == [f"{names[0]}: not started; {wanted}", f"{names[1]}: not started; no log"]
+
+
+# CURVES
+
+
+def drawn(monkeypatch, folder, *arguments):
+    """The figure of --action plot, and its table."""
+    figures = []
+
+    def keep(figure, path, **options):
+        figures.append(figure)
+        savefig(figure, path, **options)
+
+    savefig = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", keep)
+    result = run_sweep(folder, *arguments, "--action", "plot", "--output", "deep/curves.png")
+    assert result.returncode == 0, result.stderr
+    assert (folder / "deep" / "curves.png").read_bytes().startswith(b"\x89PNG")
+    return figures[0], list(csv.DictReader(open(folder / "deep" / "curves.csv")))
+
+
+def test_curves_have_a_panel_for_each_game_and_are_as_long_as_the_runs(tmp_path, monkeypatch):
+    nan = math.nan
+    fake_run(tmp_path, 0, 3_000_000, 8.0, [5.0, nan, 6.0])
+    fake_run(tmp_path, 1, 2_000_000, 9.0, [5.5, nan], final=False)
+    (fake_run(tmp_path, 2, 1, 9.0, [5.5], final=False) / "progress.csv").write_text("damaged")
+    fake_run(tmp_path, 0, 1_000_000, 2.0, [nan], final=False, env_id="heist")
+    grid = write_grid(tmp_path, {"env_id": ["maze", "heist", "miner"], "total_timesteps": [4_000_000]})
+    figure, table = drawn(monkeypatch, tmp_path, grid, "--num-trials", 3)
+    maze, heist, miner = figure.axes
+    assert [axes.get_title() for axes in figure.axes] == ["maze", "heist", "miner"]
+    assert all(axes.get_xlim() == (0, 4) and axes.get_xlabel() for axes in figure.axes) and maze.get_ylabel()
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["training levels", "test levels"]
+    curves = [(line.get_linestyle(), line.get_linewidth() > 1, *map(list, line.get_data())) for line in maze.lines]
+    assert ("-", True, [1.0, 2.0], [8.5, 8.5]) in curves  # the mean as far as both seeds are
+    assert ("-", False, [2.0, 3.0], [8.0, 8.0]) in curves  # then the one that is ahead, thin
+    assert ("--", True, [1.0], [5.25]) in curves and ("--", False, [1.0, 3.0], [5.0, 6.0]) in curves
+    assert len(maze.collections) == 2 and not heist.collections  # a spread takes two seeds
+    assert not miner.lines
+    assert [(row["configuration"], row["done"]) for row in table] == [
+        ("env_id=maze", "0"), ("env_id=heist", "0"), ("env_id=miner", "0")
+    ]  # fmt: skip
+
+
+def test_curves_of_configurations_share_a_panel_and_long_names_are_wrapped(tmp_path, monkeypatch):
+    grid = {"xpid": ["a", "b" * 180], "total_timesteps": [4_000_000], "env_id": ["maze"]}
+    grid = write_grid(tmp_path, grid)
+    for xpid in ("a", "b" * 180):
+        run = fake_run(tmp_path, 0, 4_000_000, 8.0, [5.0, 6.0])
+        run.rename(run.with_name(f"xpid{xpid}_0".removeprefix("xpid")))
+    figure, table = drawn(monkeypatch, tmp_path, grid)
+    (axes,) = figure.axes
+    colours = {line.get_color() for line in axes.lines}
+    assert len(colours) == 2
+    names = [text.get_text() for text in figure.legends[0].get_texts()][2:]
+    assert [name.replace("\n", "") for name in names] == ["xpid=a", "xpid=" + "b" * 180]
+    assert max(len(line) for name in names for line in name.split("\n")) <= 100
+    assert [row["final_test_return"] for row in table] == ["6.0", "6.0"]
+
+
+def test_without_matplotlib_only_the_curves_are_missing(tmp_path):
+    fake_run(tmp_path, 0, 32768, 8.0, [5.0])
+    grid = write_grid(tmp_path, {"env_id": ["maze"], "total_timesteps": [32768]})
+    without = "import runpy, sys; sys.modules['matplotlib'] = None; runpy.run_path(sys.argv[0], run_name='__main__')"
+    without = without.replace("; runpy", f"; sys.argv[0] = {str(PROJECT / 'sweep.py')!r}; runpy")
+    for action, code in (("status", 0), ("plot", 1)):
+        command = [sys.executable, "-c", without, "--grid-config", grid, "--action", action]
+        result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert result.returncode == code, result.stderr
+    assert_one_line(result.stderr, "matplotlib", "pip install -r requirements.txt")
+
+
+def test_a_picture_of_another_kind_is_refused(tmp_path):
+    fake_run(tmp_path, 0, 32768, 8.0, [5.0])
+    grid = write_grid(tmp_path, {"env_id": ["maze"], "total_timesteps": [32768]})
+    result = run_sweep(tmp_path, grid, "--action", "plot", "--output", "curves.csv")
+    assert result.returncode == 2 and not (tmp_path / "curves.csv").exists()
+    assert_one_line(result.stderr, "--output curves.csv", "png")
+    result = run_sweep(tmp_path, "collect", "--action", "plot")
+    assert result.returncode == 2
+    assert_one_line(result.stderr, "--action plot", "xpid")
 
 
 @pytest.mark.parametrize("module", [ppo_procgen, collect_procgen])
@@ -671,9 +979,13 @@ def ended(cluster, job):
     return {int(task["ArrayTaskId"]): (task["JobState"], task["ExitCode"]) for task in tasks()}
 
 
+def wait_for_requeue(cluster, task):
+    cluster.wait(lambda: cluster.jobs()[task]["Reason"] == "BeginTime")
+
+
 def start_requeued(cluster, task):
     """Let a requeued task start at once; Slurm makes it wait for two minutes."""
-    cluster.wait(lambda: cluster.jobs()[task]["Reason"] == "BeginTime")
+    wait_for_requeue(cluster, task)
     time.sleep(2)  # slurmd refuses to start a job in the second in which it ended
 
     def started():
@@ -707,7 +1019,7 @@ def test_slurm_a_sweep_runs_to_its_end(cluster, tmp_path):
 
 
 def test_slurm_a_task_that_is_warned_is_requeued_and_ends_in_the_same_weights(cluster, tmp_path):
-    grid = write_grid(tmp_path, {**TINY, "env_id": ["leaper"], "total_timesteps": [1280], "log_interval": [1000]})
+    grid = write_grid(tmp_path, {**TINY, "env_id": ["leaper"], "total_timesteps": [640], "log_interval": [1000]})
     (words,) = [shlex.split(line)[2:] for line in commands(tmp_path, grid)]
     (tmp_path / "uninterrupted").mkdir()
     script = [sys.executable, PROJECT / "ppo_procgen.py", *words]
@@ -732,7 +1044,9 @@ def test_slurm_a_task_that_is_warned_is_requeued_and_ends_in_the_same_weights(cl
 
 
 def test_slurm_a_failing_command_fails_with_its_code_while_the_others_finish(cluster, tmp_path):
-    (job,) = submit(tmp_path, write_grid(tmp_path, {"code": [3, 0]}, write_script(tmp_path, EXITING)))
+    """An interpreter of several words changes nothing."""
+    grid = write_grid(tmp_path, {"code": [3, 0]}, write_script(tmp_path, EXITING))
+    (job,) = submit(tmp_path, grid, "--python", f"nice -n 5 {sys.executable}")
     assert ended(cluster, job) == {1: ("FAILED", "3:0"), 2: ("COMPLETED", "0:0")}
 
 
@@ -743,8 +1057,8 @@ def test_slurm_chunked_and_packed_arrays_run_each_line_once(cluster, tmp_path, r
     assert len(jobs) == num_jobs
     for job in jobs:
         assert set(ended(cluster, job).values()) == {("COMPLETED", "0:0")}
-    noted = [json.loads(line)[1] for line in (tmp_path / "noted.txt").read_text().splitlines()]
-    assert sorted(noted) == [str(i) for i in range(8)]
+    noted = [float(json.loads(line)[1]) for line in (tmp_path / "noted.txt").read_text().splitlines()]
+    assert sorted(noted) == list(range(8))
     assert len(list((tmp_path / "slurm/generated/my_grid/logs").iterdir())) == 1 + (8 if runs_per_task == 1 else 3 + 8)
 
 
@@ -794,18 +1108,22 @@ def test_slurm_a_task_without_a_command_fails(cluster, tmp_path):
     assert ended(cluster, job) == {1: ("COMPLETED", "0:0"), 2: ("FAILED", "1:0")}
 
 
-@pytest.mark.parametrize("setup, state", [("set -euo pipefail", "COMPLETED"), ("source nothing/activate", "FAILED")])
-def test_slurm_setup_may_set_shell_options_and_must_succeed(cluster, tmp_path, setup, state):
-    script = write_script(
-        tmp_path,
-        EXITING.replace(
-            "sys.exit", "import os; sys.exit(75 if not os.path.exists('x') and not open('x', 'w').close() else 0) or"
-        ),
-    )
-    (job,) = submit(tmp_path, write_grid(tmp_path, {"code": [0]}, script), "--setup", setup)
-    if state == "COMPLETED":
-        start_requeued(cluster, f"{job}_1")
-    assert {index: state for index, (state, _) in ended(cluster, job).items()} == {1: state}
+def test_slurm_setup_may_set_shell_options(cluster, tmp_path):
+    grid = write_grid(tmp_path, {"code": [3, 0]}, write_script(tmp_path, EXITING))
+    (job,) = submit(tmp_path, grid, "--runs-per-task", 2, "--setup", "set -euo pipefail")
+    assert ended(cluster, job) == {1: ("FAILED", "3:0")}
+    log = (tmp_path / "slurm/generated/my_grid/logs" / f"{job}_1.log").read_text()
+    assert "exit code 3 of command 1" in log and "exit code 0 of command 2" in log and "setup" not in log
+
+
+@pytest.mark.parametrize("line", ["source nothing/activate", "exit 9", "cd /nowhere"])
+def test_slurm_a_setup_line_that_fails_ends_the_task_and_is_named(cluster, tmp_path, line):
+    grid = write_grid(tmp_path, {"code": [0]}, write_script(tmp_path, EXITING))
+    (job,) = submit(tmp_path, grid, "--setup", "export A=1", "--setup", line, "--setup", "export B=1")
+    assert {index: state for index, (state, _) in ended(cluster, job).items()} == {1: "FAILED"}
+    first, *_, last = (tmp_path / "slurm/generated/my_grid/logs" / f"{job}_1.log").read_text().splitlines()
+    assert f"task {job}_1 | host " in first
+    assert re.fullmatch(rf"== setup failed with exit code \d+: {line}", last)
 
 
 def test_slurm_a_signal_during_setup_is_not_lost(cluster, tmp_path):
@@ -818,28 +1136,84 @@ def test_slurm_a_signal_during_setup_is_not_lost(cluster, tmp_path):
     assert ended(cluster, job) == {1: ("COMPLETED", "0:0")}
 
 
-THREADS = """
-import os
+ENVIRONMENT = """
+import os, sys
 class Args:
-    code: int = 0
-open("threads", "a").write(os.environ["OMP_NUM_THREADS"] + "\\n")
+    number: int = 0
+names = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "WANDB_TAGS")
+with open("noted" + sys.argv[2], "a") as file:
+    print(*map(os.environ.get, names), file=file)
 """
 
 
-def test_slurm_threads_are_those_of_the_task_unless_setup_says_otherwise(cluster, tmp_path):
-    """Without --cpus-per-task Slurm gives a task one core here, however many the node has."""
-    grid = write_grid(tmp_path, {"code": [0]}, write_script(tmp_path, THREADS))
-    for name, options in (
-        ("plain", []),
-        ("two", ["--cpus-per-task", 2]),
-        ("own", ["--setup", "export OMP_NUM_THREADS=7"]),
+def test_slurm_threads_gpus_and_tags_are_those_of_the_task(cluster, tmp_path, monkeypatch):
+    """Without --cpus-per-task Slurm gives a task one core here, however many the node, or a job that submits, has."""
+    for name, value in {"OMP_NUM_THREADS": "9", "SLURM_CPUS_PER_TASK": "8", "SLURM_RESTART_COUNT": "7"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    script = write_script(tmp_path, ENVIRONMENT)
+    subprocess.run(
+        "git init -q && git add . && git -c user.name=a -c user.email=b commit -qm c", shell=True, cwd=tmp_path
+    )
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=tmp_path, capture_output=True, text=True
+    ).stdout
+    gpus = ["--setup", "export CUDA_VISIBLE_DEVICES=3,5"]
+    for name, numbers, options, expected in (
+        ("plain", [0], [], ["1 None plain"]),
+        ("two", [0], ["--cpus-per-task", 2, *gpus], ["2 3,5 two"]),
+        ("own", [0], ["--setup", "export OMP_NUM_THREADS=7", "--setup", "export WANDB_TAGS=mine"], ["7 None mine,own"]),
+        (
+            "packed",
+            [0, 1, 2],
+            ["--cpus-per-task", 2, "--runs-per-task", 3, *gpus],
+            [f"1 {x} packed" for x in (3, 5, 3)],
+        ),
     ):
+        grid = write_grid(tmp_path, {"number": numbers}, script)
         options = ["--action", "slurm", "--python", sys.executable, "--job-name", name, *options, "--submit"]
         result = run_sweep(tmp_path, grid, *options)
         assert result.returncode == 0, result.stderr
         (job,) = re.findall(r"as job (\d+)", result.stdout)
         assert set(ended(cluster, job).values()) == {("COMPLETED", "0:0")}
-    assert (tmp_path / "threads").read_text().split() == ["1", "2", "7"]
+        noted = [(tmp_path / f"noted{number}").read_text().split("\n")[-2] for number in numbers]
+        assert noted == [f"{line},{commit.strip()}" for line in expected]
+        assert "restart 0 of" in (tmp_path / "slurm/generated" / name / "logs" / f"{job}_1.log").read_text()
+
+
+IMPORTING = """
+import os, time
+class Args:
+    code: int = 0
+if not os.path.exists("importing"):
+    open("importing", "w").close()
+    time.sleep(60)
+"""
+
+
+def test_slurm_a_signal_before_a_script_is_ready_is_a_stop(cluster, tmp_path):
+    grid = write_grid(tmp_path, {"code": [0]}, write_script(tmp_path, IMPORTING))
+    (job,) = submit(tmp_path, grid)
+    cluster.wait((tmp_path / "importing").exists)
+    cluster.run("scancel", "--signal=USR2", "--batch", f"{job}_1")
+    start_requeued(cluster, f"{job}_1")
+    assert ended(cluster, job) == {1: ("COMPLETED", "0:0")}
+    assert "exit code 140" in (tmp_path / "slurm/generated/my_grid/logs" / f"{job}_1.log").read_text()
+
+
+def test_slurm_a_run_that_is_in_use_is_tried_again(cluster, tmp_path):
+    """A job that was submitted twice, or whose node died, ends in a requeue, not in a failure."""
+    script = PROJECT.joinpath("ppo_procgen.py").read_text().replace("LOCK_PATIENCE = 600", "LOCK_PATIENCE = 1")
+    grid = {**TINY, "num_eval_episodes": [1], "total_timesteps": [64], "xpid": ["x"]}
+    grid = write_grid(tmp_path, grid, write_script(tmp_path, script, "ppo_procgen.py"))
+    (tmp_path / "models/coinrun/x_0").mkdir(parents=True)
+    with filelock.FileLock(tmp_path / "models/coinrun/x_0/.lock"):
+        (job,) = submit(tmp_path, grid)
+        wait_for_requeue(cluster, f"{job}_1")
+    start_requeued(cluster, f"{job}_1")
+    assert ended(cluster, job) == {1: ("COMPLETED", "0:0")}
+    log = (tmp_path / "slurm/generated/my_grid/logs" / f"{job}_1.log").read_text()
+    assert "in use by another process" in log and "exit code 75" in log and "done: " in log
 
 
 def test_slurm_restarts_are_capped(cluster, tmp_path):
@@ -848,6 +1222,14 @@ def test_slurm_restarts_are_capped(cluster, tmp_path):
     start_requeued(cluster, f"{job}_1")
     assert ended(cluster, job) == {1: ("FAILED", "75:0")}
     assert cluster.jobs()[f"{job}_1"]["Restarts"] == "1"
+
+
+def test_slurm_a_requeue_that_is_refused_says_how_to_go_on(cluster, tmp_path):
+    grid = write_grid(tmp_path, {"code": [0, 75]}, write_script(tmp_path, EXITING))
+    (job,) = submit(tmp_path, grid, "--sbatch-arg", "no-requeue")
+    assert ended(cluster, job) == {1: ("COMPLETED", "0:0"), 2: ("FAILED", "75:0")}
+    last = (tmp_path / "slurm/generated/my_grid/logs" / f"{job}_2.log").read_text().splitlines()[-1]
+    assert last == "== not requeued; to go on: sbatch --array=2 slurm/generated/my_grid/array.sbatch"
 
 
 def test_slurm_a_cancelled_task_stays_cancelled_and_a_preempted_one_comes_back(cluster, tmp_path):
@@ -868,13 +1250,22 @@ def test_slurm_a_cancelled_task_stays_cancelled_and_a_preempted_one_comes_back(c
     assert (tmp_path / "preempted").read_text().split()[-2:] == ["start", "end"]
 
 
-def test_slurm_a_sweep_can_wait_for_another(cluster, tmp_path):
-    first = write_grid(tmp_path, {"code": [0]}, write_script(tmp_path, EXITING), "first")
-    fails = write_grid(tmp_path, {"code": [1]}, tmp_path / "note.py", "fails")
+def test_slurm_a_collection_waits_for_a_training_that_is_requeued_and_for_one_that_fails(cluster, tmp_path):
+    """With afterany. With afterok a failed task would make it wait for ever."""
+    once = "import os, sys\nclass Args:\n    code: int = 0\n"
+    once += "sys.exit(0 if os.path.exists('once') else open('once', 'w').close() or 75)"
+    first = write_grid(tmp_path, {"code": [0]}, write_script(tmp_path, once, "once.py"), "first")
+    fails = write_grid(tmp_path, {"code": [1]}, write_script(tmp_path, EXITING), "fails")
+    after = write_grid(tmp_path, {"code": [0]}, tmp_path / "note.py", "after")
     (first_job,), (failing_job,) = submit(tmp_path, first), submit(tmp_path, fails)
-    (after_first,) = submit(tmp_path, first, "--job-name", "after_first", "--dependency", f"afterok:{first_job}")
-    (never,) = submit(tmp_path, first, "--job-name", "never", "--dependency", f"afterok:{failing_job}")
-    assert ended(cluster, after_first) == {1: ("COMPLETED", "0:0")}
+    (job,) = submit(tmp_path, after, "--dependency", f"afterany:{first_job}:{failing_job}")
+    (never,) = submit(tmp_path, after, "--job-name", "never", "--dependency", f"afterok:{failing_job}")
+    wait_for_requeue(cluster, f"{first_job}_1")
+    assert ended(cluster, failing_job) == {1: ("FAILED", "1:0")}
+    waiting = [task for task in cluster.jobs().values() if task["ArrayJobId"] == job]
+    assert [(task["JobState"], task["Reason"]) for task in waiting] == [("PENDING", "Dependency")]
+    start_requeued(cluster, f"{first_job}_1")
+    assert ended(cluster, job) == {1: ("COMPLETED", "0:0")} == ended(cluster, first_job)
     cluster.wait(lambda: "DependencyNeverSatisfied" in cluster.run("squeue", "-h", "-j", never, "-o", "%r"))
     cluster.run("scancel", never)
 
