@@ -89,6 +89,24 @@ def split(device, arguments, result):
             os._exit(0)
         return timed_act(agent, x)
 
+    if "--save-dataset" in arguments:
+        step, games_step = ppo_procgen.RecordGames.step, ppo_procgen.ProcgenVectorEnv.step
+        inside = [0.0]
+
+        def timed_step(games, actions):
+            start = time.perf_counter()
+            outcome = games_step(games, actions)
+            inside[0] += time.perf_counter() - start
+            return outcome
+
+        def timed_record(recorder, actions):
+            start, inside[0] = time.perf_counter(), 0.0
+            outcome = step(recorder, actions)
+            figures["recording"] = figures.get("recording", 0) + time.perf_counter() - start - inside[0]
+            return outcome
+
+        ppo_procgen.ProcgenVectorEnv.step, ppo_procgen.RecordGames.step = timed_step, timed_record
+
     def make_timed_envs(args):
         envs = make_envs(args)
         envs.step = phases.wrap("environment", "transfer", envs.step)
@@ -116,6 +134,8 @@ def split(device, arguments, result):
     sys.argv = ["ppo_procgen.py", *arguments]
     ppo_procgen.main()
     phases.begin("other")
+    if "recording" in figures:  # of all iterations; the first one's files and phases are not counted
+        figures["recording"] /= iterations
     figures |= {phase: seconds / (iterations - 1) for phase, seconds in phases.seconds.items()}
     figures["gpu_peak"] = torch.cuda.max_memory_allocated() if device == "cuda" else 0
     Path(result).write_text(json.dumps(figures))
@@ -306,6 +326,9 @@ def main():
         # The first iteration touches memory for the first time; the last one ends with an evaluation.
         return batch_size * (len(ends) - 2) / (ends[-2] - ends[0])
 
+    def bytes_in(files, steps):
+        return sum(path.stat().st_size for path in files) / steps
+
     say("limits of the machine")
     limit, _ = run_child(root, "limits", args.device, args.env_id)
     _, baseline, _ = run([sys.executable, "-c", "import torch"], root)
@@ -318,6 +341,12 @@ def main():
     measured = {**phase, "evaluation": phase["evaluation"] * (iterations - 1)}  # there was one, at the end
     names = ("environment", "policy", "transfer", "update", "state kept in memory", "files", "evaluation", "other")
     costs = {name: measured.get(name, 0) / every.get(name, 1) for name in names}
+
+    say("training with --save-dataset")
+    recorded_folder = new_folder()
+    recorded, _ = run_child(recorded_folder, "split", args.device, [*options, "--save-dataset"])
+    (rollouts,) = recorded_folder.glob("models/*/*/rollouts")
+    log_size = bytes_in(rollouts.glob("*.npz"), iterations * batch_size)
 
     say("resuming it")
     options[-1] = str((iterations + 1) * batch_size)
@@ -341,17 +370,25 @@ def main():
         by_threads[threads] = train(threads=threads)
     by_threads[cores] = statistics.median(own)
 
-    say("collecting")
     (checkpoint,) = folder.glob("models/*/*/final/*.pt")
     steps = "500000" if on_gpu else "50000"
     collect = [sys.executable, collector, "--checkpoint", checkpoint, flags[-1], "--total-timesteps", steps]
-    *_, evaluated = run([*collect, "--no-save-dataset"], folder)
-    _, collect_peak, saved = run([*collect, "--dataset-saving-dir", "dataset"], folder)
-    evaluating, collecting = (float(re.findall(r"(\d+) steps/s", text)[-1]) for text in (evaluated, saved))
-    metadata = json.loads((folder / "dataset" / "metadata.json").read_text())
-    size = sum(path.stat().st_size for path in folder.glob("dataset/*/*.npz")) / metadata["steps"]
-    say("verifying")
-    verify_seconds, _, _ = run([sys.executable, collector, "--verify", "dataset"], folder)
+    forms = {"frames": [], "a recording": ["--no-frames"], "nothing": ["--no-save-dataset"]}
+    speeds, peaks = {form: [] for form in forms}, {}
+    for i in range(3):
+        say(f"collecting, {i + 1} of 3")
+        for form, form_options in forms.items():
+            where = ["--dataset-saving-dir", f"{form} {i}"] if form != "nothing" else []
+            _, peaks[form], printed = run([*collect, *form_options, *where], folder)
+            speeds[form].append(float(re.findall(r"(\d+) steps/s", printed)[-1]))
+    collecting, evaluating = (statistics.median(speeds[form]) for form in ("frames", "nothing"))
+    metadata = json.loads((folder / "frames 0" / "metadata.json").read_text())
+    size = bytes_in(folder.glob("frames 0/*/*.npz"), metadata["steps"])
+    recording_size = bytes_in(folder.glob("a recording 0/*.npz"), metadata["steps"])
+    say("verifying and drawing")
+    verify_seconds, _, _ = run([sys.executable, collector, "--verify", "frames 0"], folder)
+    drawing = [sys.executable, collector, "--render", "a recording 0", "--dataset-saving-dir", "drawn"]
+    drawing_speed = float(re.findall(r"(\d+) steps/s", run(drawing, folder)[2])[-1])
 
     say("sweep")
     values = [i / 1e5 for i in range(1, 101)]
@@ -411,10 +448,15 @@ def main():
     state_cost = measured["state kept in memory"] + measured["files"]
     row("a rolling checkpoint", state_cost, f"{state_cost:.2f} s")
     row("an evaluation of 10 episodes, and its checkpoint", measured["evaluation"], f"{measured['evaluation']:.1f} s")
+    log_cost = recorded["recording"] / sum(recorded[name] for name in names if name in recorded)
+    row("recording a training", log_size, f"{100 * log_cost:.2f} % of its time, {log_size:.2f} bytes a step")
     row("collecting", collecting, f"{collecting:,.0f} steps/s, {size:,.0f} bytes a step")
     row("- share of the games alone", collecting * games_floor, f"{100 * collecting * games_floor:.0f} %")
     row("- without saving", evaluating, f"{evaluating:,.0f} steps/s")
-    row("memory of collecting", collect_peak, f"{collect_peak / 1e9:.2f} GB")
+    recording = statistics.median(speeds["a recording"])
+    row("- without frames", recording, f"{recording:,.0f} steps/s, {recording_size:.2f} bytes a step")
+    row("memory of collecting", peaks["frames"], f"{peaks['frames'] / 1e9:.2f} GB")
+    row("drawing a recording", drawing_speed, f"{drawing_speed:,.0f} steps/s")
     verify_speed = metadata["steps"] / verify_seconds
     row("verifying, start included", verify_speed, f"{verify_speed:,.0f} steps/s")
     row("100,000 commands of a sweep", sweep_seconds, f"{sweep_seconds:.1f} s")
