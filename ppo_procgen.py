@@ -34,6 +34,7 @@ import platform
 import random
 import re
 import sys
+import threading
 import time
 import zlib
 from collections import deque
@@ -650,17 +651,14 @@ def write_checkpoint(path: Path, state: dict) -> None:
 
 def load_checkpoint(path: Path) -> dict:
     """Read a checkpoint without running any code in it. Exits with code 1 if it is missing, damaged or foreign."""
-    if not path.is_file():
-        fail(f"checkpoint {path} is not there")
+    types = {"args": dict, "versions": dict, "script": str, "script_sha256": str, "iteration": int}
+    types |= {"model_state_dict": dict, "optimizer_state_dict": dict}
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        if state["format"] != 1:
-            raise ValueError(f"it has format {state['format']}")
-        types = {"args": dict, "versions": dict, "script": str, "script_sha256": str, "iteration": int}
-        if wrong := [name for name, wanted in types.items() if not isinstance(state[name], wanted)]:
-            raise TypeError(f"{wrong} in it cannot be used")
+        if state["format"] != 1 or any(not isinstance(state[name], wanted) for name, wanted in types.items()):
+            raise ValueError(f"it has format {state['format']}, or its {', '.join(types)} are of the wrong types")
     except Exception as error:  # torch.load raises whatever it stumbles over
-        fail(f"checkpoint {path} is damaged or none of these scripts ({one_line(error)})")
+        fail(f"checkpoint {path} is missing, damaged or none of these scripts ({one_line(error)})")
     return state
 
 
@@ -756,14 +754,16 @@ class Run:
 
     def take_weights(self) -> None:
         """Begin with another run's weights and Adam's moments; learning rate and epsilon are those of the arguments."""
-        start = load_checkpoint(Path(self.args.checkpoint))
-        agent, optimizer = self.state["model_state_dict"], self.state["optimizer_state_dict"]
-        settings = optimizer.state_dict()["param_groups"]
+        start, settings = load_checkpoint(Path(self.args.checkpoint)), self.state["optimizer_state_dict"].state_dict()
+        start["optimizer_state_dict"]["param_groups"] = settings["param_groups"]
+        self.restore(start, ("model_state_dict", "optimizer_state_dict"), self.args.checkpoint)
+
+    def restore(self, saved: dict, names: tuple, path: str | Path) -> None:
         try:
-            agent.load_state_dict(start["model_state_dict"])
-            optimizer.load_state_dict({"state": start["optimizer_state_dict"]["state"], "param_groups": settings})
+            for name in names:
+                thaw(saved[name], self.state[name], name)
         except Exception as error:  # depends on what is in the file
-            fail(f"checkpoint {self.args.checkpoint} does not fit the network: {one_line(error)}")
+            fail(f"{path} does not fit this script: {one_line(error)}; put back one that does or begin another --xpid")
 
     def lock(self) -> None:
         """Hold the run until this process ends, however it ends. On a cluster, whoever holds it may be about to end."""
@@ -805,11 +805,7 @@ class Run:
         if self.iteration >= self.num_iterations and finals:
             print(f"{self.folder} is finished after iteration {self.iteration}; to train on, raise --total-timesteps")
             sys.exit(0)
-        try:
-            for name, part in self.state.items():
-                thaw(saved[name], part, name)
-        except Exception as error:  # depends on what is in the file
-            fail(f"{self.rolling} does not fit this script: {one_line(error)}; put it back or begin another --xpid")
+        self.restore(saved, tuple(self.state), self.rolling)
         for path in finals:  # a longer run has another end
             path.replace(self.folder / "checkpoint" / path.name.replace("_", f"_{self.iteration}_"))
         if self.table.exists():
@@ -827,6 +823,9 @@ class Run:
         elif not (self.folder / SCRIPT).exists():
             write_file(self.folder / SCRIPT, SOURCE)
         step, total = self.iteration * self.batch_size, self.num_iterations * self.batch_size
+        # TensorBoard writes in a thread of its own, whose errors come up here as well, at the next flush.
+        hook = threading.excepthook
+        threading.excepthook = lambda error: None if issubclass(error.exc_type, OSError) else hook(error)
         # What a process that was killed has logged beyond the step that is resumed, TensorBoard is told to drop.
         self.writer = SummaryWriter(self.folder, purge_step=step + 1 if resumed else 0)
         if not resumed:

@@ -30,9 +30,13 @@ gym_notices.clear()
 import procgen
 from tqdm import tqdm
 
-# Every run has a process of its own, forked from one that has loaded PyTorch and has done nothing else.
+# Every run has a process of its own, forked from one that has loaded what takes seconds: PyTorch, what its optimizers
+# import, and Procgen's images, which come with the first game (without threads, as these would not survive a fork).
+paths = [str(Path(__file__).resolve().parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+os.environ["PYTHONPATH"] = os.pathsep.join(paths)  # where that process finds this file
 PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["check_resume", "torch.utils.tensorboard", "tyro", "filelock"])
+PROCESSES.set_forkserver_preload(["check_resume", "torch._dynamo", "torch.utils.tensorboard", "tyro", "filelock"])
+procgen.ProcgenGym3Env(1, "coinrun", num_threads=0)
 
 # Six iterations of 32 steps: saved after 2, 4 and 6, archived after 1, 2, 3, 4 and 6. Episodes of bossfight are short.
 SIZES = {"num-envs": 4, "num-steps": 8, "num-minibatches": 2, "total-timesteps": 192, "update-epochs": 1}

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -21,7 +22,7 @@ def run_main(module, arguments, folder):
     """Run a script's main() in folder with these arguments, in this process; return it like a finished one."""
     stdout, stderr, code = io.StringIO(), io.StringIO(), 0
     handlers = {signum: signal.getsignal(signum) for signum in ppo_procgen.STOP_SIGNALS}
-    folder_before, argv_before = Path.cwd(), sys.argv
+    folder_before, argv_before, hook_before = Path.cwd(), sys.argv, threading.excepthook
     os.chdir(folder)
     sys.argv = [module.__name__ + ".py", *arguments]
     try:
@@ -31,7 +32,7 @@ def run_main(module, arguments, folder):
         code = exit.code
     finally:
         os.chdir(folder_before)
-        sys.argv = argv_before
+        sys.argv, threading.excepthook = argv_before, hook_before
         for signum, handler in handlers.items():
             signal.signal(signum, handler)
     return subprocess.CompletedProcess(arguments, code, stdout.getvalue(), stderr.getvalue())

@@ -18,6 +18,7 @@ import struct
 import subprocess
 import sys
 import termios
+import threading
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -29,6 +30,7 @@ from check_resume import MOMENTS, differences, read_run, run_disturbed, run_undi
 from conftest import assert_one_line, run_main, wait_for
 from procgen import ProcgenGym3Env
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.compat.tensorflow_stub.io.gfile import LocalFileSystem
 
 import ppo_procgen
 from ppo_procgen import Agent, Args, ProcgenVectorEnv
@@ -1146,7 +1148,7 @@ def test_a_run_folder_that_does_not_fit_is_one_line(name, uninterrupted, tmp_pat
         state = load(run / "rolling" / "model.pt")
         state["envs"]["env"]["env"]["env"] = state["envs"]["env"]["env"]["env"][:2]
         torch.save(state, run / "rolling" / "model.pt")
-        expected = ("does not fit this script", "put it back")
+        expected = ("does not fit this script", "put back one that does")
     else:
         (run / "progress.csv").unlink()
         (run / "progress.csv").mkdir()
@@ -1194,6 +1196,25 @@ def test_a_full_disk_is_one_line_and_no_partial_file(tmp_path):
     assert process.returncode == 1
     assert_one_line(process.stderr, "rolling/model.pt could not be used: File too large")
     assert not list(run_dir(tmp_path).rglob("*.pt*"))
+
+
+def test_a_disk_that_is_full_when_tensorboard_opens_its_file_is_one_line(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(LocalFileSystem, "write", full)
+    monkeypatch.setattr(threading, "excepthook", threading.__excepthook__)  # Python's own, instead of pytest's
+    process = train(tmp_path)
+    assert process.returncode == 1
+    assert_one_line(process.stderr, "models could not be used: No space left on device")
+
+
+def test_a_gpu_gets_chunks_that_its_free_memory_holds(monkeypatch):
+    for free, frames in ((83e9, 32768), (82e9, 32768), (7e9, 2048), (1e9, 256)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (int(free), 10**11))
+        assert ppo_procgen.frames_per_backward(torch.device("cuda")) == frames
+        assert frames * 1.2e6 < free  # measured: 8,192 frames take some 10 GB
+    assert ppo_procgen.frames_per_backward(torch.device("cpu")) == 256
 
 
 def test_the_readmes_curve_is_that_of_the_reference_run():
