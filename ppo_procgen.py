@@ -34,6 +34,7 @@ import platform
 import random
 import re
 import sys
+import threading
 import time
 import zlib
 from collections import deque
@@ -109,9 +110,6 @@ FREE_ARGUMENTS = (
     "save_dataset", "xpid", "model_saving_dir", "resume", "track", "wandb_project_name", "wandb_entity",
 )  # fmt: skip
 MAX_LEVEL = 2**31 - 1  # level seeds are int32
-# Frames per backward pass: a minibatch's gradient is summed over chunks. On a CPU small chunks stay in the cache (256
-# are as fast as 512, in 0.4 GB less); on a GPU 8,192 frames take some 10 GB.
-CHUNK = {"cpu": 256, "cuda": 8192}
 
 
 class ProcgenVectorEnv(gym.vector.VectorEnv):
@@ -128,7 +126,7 @@ class ProcgenVectorEnv(gym.vector.VectorEnv):
         if distribution_mode != "exploration":  # which has one level, fixed by Procgen
             # Procgen's own num_levels=0 would ignore start_level.
             options.update(start_level=start_level, num_levels=num_levels or MAX_LEVEL - start_level)
-        self.games = load_games(num_envs, env_id, **options)
+        self.games = ProcgenGym3Env(num_envs, env_id, **options)
         self.started = False
         super().__init__(num_envs, gym.spaces.Box(0, 255, (64, 64, 3), np.uint8), gym.spaces.Discrete(15))
 
@@ -159,8 +157,6 @@ class ProcgenVectorEnv(gym.vector.VectorEnv):
 
     def set_state(self, states):
         """Continue from get_state()'s return value. Returns the observations there."""
-        if len(states) != self.num_envs:
-            raise ValueError(f"{len(states)} games were saved, not {self.num_envs}")
         self.games.set_state([state.numpy().tobytes() for state in states])
         return self.games.observe()[1]["rgb"]
 
@@ -326,17 +322,18 @@ def train(args: Args) -> None:
     torch.backends.cudnn.deterministic = args.torch_deterministic
     device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
 
-    agent = Agent(args).to(device)
-    optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=args.adam_eps)
-    envs, test_envs = make_envs(args), make_test_envs(args)
-    test_start = test_envs.get_state()
-
     # ROLLOUT STORAGE. What the network reads is on its device; what the games give is copied there once a rollout.
     shape = (args.num_steps, args.num_envs)
     obs = torch.zeros((*shape, 64, 64, 3), dtype=torch.uint8, device=device)
     actions = torch.zeros(shape, dtype=torch.int64, device=device)
     logprobs, values = torch.zeros(shape, device=device), torch.zeros(shape, device=device)
     rewards, dones = np.zeros(shape, np.float32), np.zeros(shape, bool)
+
+    agent = Agent(args).to(device)
+    optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=args.adam_eps)
+    envs, test_envs = make_envs(args), make_test_envs(args)
+    test_start = test_envs.get_state()
+    chunk_size = frames_per_backward(device)
 
     # STATE: all that an exact continuation needs, named once; it is saved and restored from here. What your loop hands
     # from one iteration to the next belongs into carry, and is used as carry.name.
@@ -389,8 +386,7 @@ def train(args: Args) -> None:
                         advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
                     mb_losses = torch.zeros(len(LOSSES), device=device)
                     optimizer.zero_grad()
-                    chunks = zip(minibatch.split(CHUNK[device.type]), advantages.split(CHUNK[device.type]))
-                    for chunk, chunk_advantages in chunks:
+                    for chunk, chunk_advantages in zip(minibatch.split(chunk_size), advantages.split(chunk_size)):
                         stop_if_asked()
                         loss, parts = ppo_loss(agent, *(x[chunk] for x in batch), chunk_advantages, args)
                         share = len(chunk) / minibatch_size
@@ -448,7 +444,6 @@ SCRIPT = Path(__file__).name
 ALGORITHM = Path(__file__).stem.removesuffix("_procgen")  # a copy under another name is another algorithm
 SOURCE = Path(__file__).read_bytes()
 LOCK_PATIENCE = 600  # seconds
-EVALUATED = r"model_-?\d+\.\d\d\.pt"  # a final checkpoint of ours: other files in its folder are the user's
 # The games that have more modes than easy and hard. Asked for any other, Procgen's library ends the whole process.
 EXTRA_MODES = {
     "extreme": ("chaser", "dodgeball", "leaper", "starpilot"),
@@ -467,6 +462,10 @@ def one_line(error: Exception) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
+def flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
 def default_xpid(args: Args) -> str:
     """The name of a run. There is no clock in it: the same arguments name the same run."""
     parts = {"env_id": "", "distribution_mode": "-", "num_levels": "-", "learning_rate": f"-{ALGORITHM}-lr"}
@@ -483,7 +482,7 @@ def check_args(args: Args) -> None:
 
     def require(condition, name, wanted):
         if not condition:
-            fail(f"--{name.replace('_', '-')} is {getattr(args, name)!r}; it must be {wanted}", 2)
+            fail(f"{flag(name)} is {getattr(args, name)!r}; it must be {wanted}", 2)
 
     require(args.env_id in ENV_NAMES, "env_id", f"one of {', '.join(ENV_NAMES)}")
     modes = ["easy", "hard"] + [mode for mode, games in EXTRA_MODES.items() if args.env_id in games]
@@ -514,14 +513,6 @@ def check_args(args: Args) -> None:
         fail("--track needs the package wandb, which is not installed: pip install wandb, or leave --track out", 2)
 
 
-def load_games(num: int, env_id: str, **options) -> ProcgenGym3Env:
-    try:
-        return ProcgenGym3Env(num, env_id, **options)
-    except OSError as error:  # the shared libraries that Procgen needs are loaded here
-        packages = "libgl1 and libglib2.0-0 (libglib2.0-0t64 on newer systems)"
-        fail(f"Procgen misses a library of the system ({error}); on Debian or Ubuntu install {packages}")
-
-
 def keep_large_blocks() -> None:
     """Tell glibc's malloc to keep freed memory (other C libraries are left alone).
 
@@ -532,6 +523,18 @@ def keep_large_blocks() -> None:
         mallopt, mmap_threshold, trim_threshold = ctypes.CDLL(None).mallopt, -3, -1  # malloc.h
         mallopt(mmap_threshold, 2**30) or mallopt(mmap_threshold, 2**25)  # older versions refuse more than 32 MB
         mallopt(trim_threshold, 2**31 - 1)
+
+
+def frames_per_backward(device: torch.device) -> int:
+    """How many frames go through a backward pass at once: a minibatch's gradient is summed over chunks of so many.
+
+    On a CPU 256 stay in the cache. On a GPU it is what fits: a frame takes some 1.2 MB, and 2 MB leave room. A power of
+    two, so that a little more or less free memory after a restart does not change the last bits of the sums.
+    """
+    if device.type == "cpu":
+        return 256
+    free_memory, _ = torch.cuda.mem_get_info(device)
+    return 2 ** int(math.log2(max(free_memory / 2e6, 1)))
 
 
 class Stopped(Exception):
@@ -574,21 +577,24 @@ def attributes(x) -> dict:
     return {name: value for name, value in kept.items() if not inspect.isroutine(value)}
 
 
-def freeze(x, name=""):
-    """A copy of x in tensors of the CPU and plain values, which torch.load reads with weights_only=True."""
+def freeze(x, name="", device=None):
+    """A copy of x in tensors and plain values, which torch.load reads with weights_only=True.
+
+    The tensors stay where they are unless a device is named, so that nothing waits for a GPU.
+    """
     if isinstance(x, torch.Tensor):
-        return x.detach().to("cpu", copy=True)
+        return x.detach().to(device or x.device, copy=True)
     if isinstance(x, (np.ndarray, np.generic)):
         return {"numpy": torch.from_numpy(np.array(x))}
     if isinstance(x, dict):
-        return {key: freeze(value, f"{name}.{key}") for key, value in x.items()}
+        return {key: freeze(value, f"{name}.{key}", device) for key, value in x.items()}
     if isinstance(x, (list, tuple, deque)):
-        return (tuple if isinstance(x, tuple) else list)(freeze(value, name) for value in x)
+        return (tuple if isinstance(x, tuple) else list)(freeze(value, name, device) for value in x)
     for get in ("state_dict", "get_state"):
         if hasattr(type(x), get):
-            return freeze(getattr(x, get)(), name)
+            return freeze(getattr(x, get)(), name, device)
     if isinstance(x, SimpleNamespace) or (hasattr(x, "__dict__") and type(x).__reduce__ is object.__reduce__):
-        return freeze(attributes(x), name)
+        return freeze(attributes(x), name, device)
     if not isinstance(x, (bool, int, float, str, type(None))):
         raise TypeError(f"state{name} is a {type(x).__name__}, which cannot be saved: give it get_state and set_state")
     return x
@@ -624,38 +630,35 @@ def thaw(saved, x=None, name=""):
 def write_file(path: Path, content: bytes) -> None:
     """Replace a file at one stroke: at any instant, killed or not, there is the whole old or the whole new one."""
     temporary = path.with_name(f".{path.name}.tmp")
-    path.parent.mkdir(exist_ok=True)
     try:
+        path.parent.mkdir(exist_ok=True)
         with open(temporary, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise OSError(error.errno, error.strerror, str(path)) from None
+        error.filename = path  # a failed write does not say of which file
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def write_checkpoint(path: Path, state: dict) -> None:
     buffer = io.BytesIO()
-    torch.save(state, buffer)
+    torch.save(freeze(state, device="cpu"), buffer)
     write_file(path, buffer.getvalue())
 
 
 def load_checkpoint(path: Path) -> dict:
     """Read a checkpoint without running any code in it. Exits with code 1 if it is missing, damaged or foreign."""
-    if not path.is_file():
-        fail(f"checkpoint {path} is not there")
+    types = {"args": dict, "versions": dict, "script": str, "script_sha256": str, "iteration": int}
+    types |= {"model_state_dict": dict, "optimizer_state_dict": dict}
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        if state["format"] != 1:
-            raise ValueError(f"it has format {state['format']}")
-        types = {"args": dict, "versions": dict, "script": str, "script_sha256": str, "iteration": int}
-        if wrong := [name for name, wanted in types.items() if not isinstance(state[name], wanted)]:
-            raise TypeError(f"{wrong} in it cannot be used")
+        if state["format"] != 1 or any(not isinstance(state[name], wanted) for name, wanted in types.items()):
+            raise ValueError(f"it has format {state['format']}, or its {', '.join(types)} are of the wrong types")
     except Exception as error:  # torch.load raises whatever it stumbles over
-        fail(f"checkpoint {path} is damaged or none of these scripts ({one_line(error)})")
+        fail(f"checkpoint {path} is missing, damaged or none of these scripts ({one_line(error)})")
     return state
 
 
@@ -678,6 +681,12 @@ def describe_script() -> dict:
     sha256 = {"script_sha256": SOURCE, "agent_sha256": network.encode()}
     sha256 = {name: hashlib.sha256(content).hexdigest() for name, content in sha256.items()}
     return {"script": SCRIPT, **sha256, "versions": versions}
+
+
+def differences(then: dict, now: dict) -> str:
+    """What differs between two dicts, in words."""
+    pairs = {name: (then.get(name, "absent"), now.get(name, "absent")) for name in then | now}
+    return ", ".join(f"{name} was {old}, is {new}" for name, (old, new) in pairs.items() if old != new)
 
 
 class RecordGames(gym.Wrapper):
@@ -732,11 +741,12 @@ class Run:
             self.check_resumed(resumed)
             self.go_on_from(resumed)
         elif self.table.exists() or any(self.folder.glob("*/*.pt")):
-            missing = f", but {self.rolling} is missing" if self.args.resume else ""
-            fail(f"{self.folder} holds a run already{missing}; continue it with --resume or choose another --xpid", 2)
+            way_out = f"put {self.rolling} back, which is missing," if self.args.resume else "continue it with --resume"
+            fail(f"{self.folder} holds a run already; {way_out} or choose another --xpid", 2)
         if self.args.save_dataset:
             self.open_recording()
-        self.track()
+        if self.args.track:
+            self.track()
         self.begin(resumed)
         for stop_signal in STOP_SIGNALS:
             signal.signal(stop_signal, lambda signum, _: signals_received.append(signum))
@@ -744,18 +754,20 @@ class Run:
 
     def take_weights(self) -> None:
         """Begin with another run's weights and Adam's moments; learning rate and epsilon are those of the arguments."""
-        start = load_checkpoint(Path(self.args.checkpoint))
-        agent, optimizer = self.state["model_state_dict"], self.state["optimizer_state_dict"]
-        settings = optimizer.state_dict()["param_groups"]
+        start, settings = load_checkpoint(Path(self.args.checkpoint)), self.state["optimizer_state_dict"].state_dict()
+        start["optimizer_state_dict"]["param_groups"] = settings["param_groups"]
+        self.restore(start, ("model_state_dict", "optimizer_state_dict"), self.args.checkpoint)
+
+    def restore(self, saved: dict, names: tuple, path: str | Path) -> None:
         try:
-            agent.load_state_dict(start["model_state_dict"])
-            optimizer.load_state_dict({"state": start["optimizer_state_dict"]["state"], "param_groups": settings})
+            for name in names:
+                thaw(saved[name], self.state[name], name)
         except Exception as error:  # depends on what is in the file
-            fail(f"checkpoint {self.args.checkpoint} does not fit the network: {one_line(error)}")
+            fail(f"{path} does not fit this script: {one_line(error)}; put back one that does or begin another --xpid")
 
     def lock(self) -> None:
         """Hold the run until this process ends, however it ends. On a cluster, whoever holds it may be about to end."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "checkpoint").mkdir(parents=True, exist_ok=True)
         self.held, on_cluster = filelock.FileLock(self.folder / ".lock"), "SLURM_JOB_ID" in os.environ
         patience = LOCK_PATIENCE if on_cluster else 1  # sweep.py may be asking whether the run is in use
         try:
@@ -770,47 +782,32 @@ class Run:
         """Exit with code 2 if this would compute something else than the run did; tell if only the last bits differ."""
         if saved["script"] != SCRIPT:
             fail(f"{self.folder} is a run of {saved['script']}, not of {SCRIPT}; choose another --xpid", 2)
-
-        def shown(arguments, name):
-            return repr(arguments[name]) if name in arguments else "no argument"
-
-        then, now, changes = saved["args"], self.header["args"], []
-        for name in then | now:
-            # total_timesteps may change, unless the learning rate is annealed towards it
-            free = name in FREE_ARGUMENTS and not (name == "total_timesteps" and self.args.anneal_lr)
-            if shown(then, name) != shown(now, name) and not (free and name in then and name in now):
-                changes.append(f"--{name.replace('_', '-')} was {shown(then, name)}, is {shown(now, name)}")
-        if changes:
+        free = set(FREE_ARGUMENTS) & saved["args"].keys() & self.header["args"].keys()
+        free -= {"total_timesteps"} if self.args.anneal_lr else set()  # the learning rate is annealed towards it
+        then, now = ({flag(key): x for key, x in y["args"].items() if key not in free} for y in (saved, self.header))
+        if changes := differences(then, now):
             way_out = "repeat them or choose another --xpid"
-            fail(f"--resume cannot change the arguments of {self.folder} ({', '.join(changes)}); {way_out}", 2)
+            fail(f"--resume cannot change the arguments of {self.folder} ({changes}); {way_out}", 2)
 
         machine = describe_machine(self.device)
         was = saved.get("machine", machine)
         if was["device"] == "cuda" and self.args.cuda and self.device.type == "cpu":
             fail(f"{self.folder} was on a GPU ({was['model']}), and there is none; --no-cuda goes on without one", 2)
-        same_source = saved["script_sha256"] == self.header["script_sha256"]
-        then, now = saved["versions"] | was, self.header["versions"] | machine
-        changes = [] if same_source else ["the source has changed"]
-        changes += [f"{name} was {then.get(name)}, is {now[name]}" for name in now if then.get(name) != now[name]]
-        if changes:
-            print(f"note: from here on the run is not bit for bit what it would have been: {', '.join(changes)}")
+        then = {"the source": saved["script_sha256"][:8], **saved["versions"], **was}
+        now = {"the source": self.header["script_sha256"][:8], **self.header["versions"], **machine}
+        if changes := differences(then, now):
+            print(f"note: from here on the run is not bit for bit what it would have been: {changes}")
 
     def go_on_from(self, saved: dict) -> None:
         """Restore the state, and cut off what a process that was killed has written beyond it."""
         self.iteration = saved["iteration"]
-        finals = [path for path in self.folder.glob("final/*.pt") if re.fullmatch(EVALUATED, path.name)]
+        finals = self.find_evaluated("final", "model_")
         if self.iteration >= self.num_iterations and finals:
             print(f"{self.folder} is finished after iteration {self.iteration}; to train on, raise --total-timesteps")
             sys.exit(0)
-        for name, part in self.state.items():
-            try:
-                thaw(saved[name], part, name)
-            except Exception as error:  # depends on what is in the file
-                fail(f"{self.rolling} does not fit this script: {one_line(error)}; put it back or begin another --xpid")
+        self.restore(saved, tuple(self.state), self.rolling)
         for path in finals:  # a longer run has another end
-            number = load_checkpoint(path)["iteration"]
-            (self.folder / "checkpoint").mkdir(exist_ok=True)
-            os.replace(path, self.folder / "checkpoint" / path.name.replace("_", f"_{number}_"))
+            path.replace(self.folder / "checkpoint" / path.name.replace("_", f"_{self.iteration}_"))
         if self.table.exists():
             with open(self.table, newline="", errors="replace") as file:
                 rows = [row for row in csv.DictReader(file) if str(row.get("iteration")).isdecimal()]
@@ -826,6 +823,9 @@ class Run:
         elif not (self.folder / SCRIPT).exists():
             write_file(self.folder / SCRIPT, SOURCE)
         step, total = self.iteration * self.batch_size, self.num_iterations * self.batch_size
+        # TensorBoard writes in a thread of its own, whose errors come up here as well, at the next flush.
+        hook = threading.excepthook
+        threading.excepthook = lambda error: None if issubclass(error.exc_type, OSError) else hook(error)
         # What a process that was killed has logged beyond the step that is resumed, TensorBoard is told to drop.
         self.writer = SummaryWriter(self.folder, purge_step=step + 1 if resumed else 0)
         if not resumed:
@@ -837,15 +837,12 @@ class Run:
         print(f"run folder   {self.folder}" + (f", resumed after iteration {self.iteration}" if resumed else ""))
         print(f"steps        {total:,} ({self.num_iterations} iterations of {self.batch_size:,})")
         print(f"parameters   {size:,}", flush=True)
-        self.in_log = not (sys.stdout.isatty() and sys.stderr.isatty())  # lines there, a bar on a terminal
         bar = {"total": total, "initial": step, "unit": " steps", "unit_scale": True, "smoothing": 0}
-        self.bar = tqdm(**bar, disable=self.in_log)
+        self.bar = tqdm(**bar, disable=None)  # on a terminal only
         self.start_time, self.start_step = time.time(), step
 
     def track(self) -> None:
-        """Open Weights & Biases, if asked to: one run there for each game and xpid."""
-        if not self.args.track:
-            return
+        """Open Weights & Biases: one run there for each game and xpid."""
         import wandb
 
         name = f"{self.args.env_id}/{self.args.xpid}"
@@ -885,15 +882,15 @@ class Run:
         self.bar.set_postfix_str(returns)
         if self.iteration % self.args.log_interval == 0 or self.iteration == self.num_iterations:
             self.save()
-            if self.in_log:
-                left = tqdm.format_interval((self.num_iterations - self.iteration) * self.batch_size / speed)
-                done = f"iteration {self.iteration}/{self.num_iterations}, {step:,} steps, {speed:.0f} steps/s"
-                print(f"{done}, {left} left, {returns}", flush=True)
+            left = tqdm.format_interval((self.num_iterations - self.iteration) * self.batch_size / speed)
+            done = f"iteration {self.iteration}/{self.num_iterations}, {step:,} steps, {speed:.0f} steps/s"
+            self.bar.write(f"{done}, {left} left, {returns}")
+            sys.stdout.flush()
 
     def finish(self, test_return: float) -> None:
-        path = self.write_evaluated("final", "model_", test_return)
-        if self.args.save_dataset:
+        if self.args.save_dataset:  # first, as with its final checkpoint a run is finished
             self.describe_recording(complete=True)
+        path = self.write_evaluated("final", "model_", test_return)
         self.bar.close()
         self.writer.close()
         self.held.release()
@@ -904,12 +901,14 @@ class Run:
         if kind is None:
             return
         self.bar.close()
-        with contextlib.suppress(OSError) if isinstance(error, OSError) else contextlib.nullcontext():
-            self.save()
-        if kind is Stopped:
-            saved = f"saved after iteration {self.iteration}; the same command with --resume continues"
-            print(f"stopped by {error}, {saved}", flush=True)
-            sys.exit(EXIT_STOPPED)
+        if kind is not Stopped:
+            with contextlib.suppress(OSError):  # the error that is under way comes first
+                self.save()
+            return
+        self.save()
+        saved = f"saved after iteration {self.iteration}; the same command with --resume continues"
+        print(f"stopped by {error}, {saved}", flush=True)
+        sys.exit(EXIT_STOPPED)
 
     def keep(self, test_return: float | None) -> None:
         """Copy the state of a completed iteration: what save() writes, now or when something ends the run."""
@@ -935,14 +934,18 @@ class Run:
         writer.writerows(self.rows)
         write_file(self.table, text.getvalue().encode())
 
+    def find_evaluated(self, folder: str, prefix: str) -> list:
+        """Checkpoints {prefix}{test return}.pt; whatever else is in the folder is the user's."""
+        name = re.compile(prefix + r"-?\d+\.\d\d\.pt")
+        return [path for path in self.folder.glob(f"{folder}/*") if name.fullmatch(path.name)]
+
     def write_evaluated(self, folder: str, prefix: str, test_return: float) -> Path:
         """Write {prefix}{test return}.pt, then remove the one it replaces, whose name may have another return."""
         keys = (*self.header, "model_state_dict", "optimizer_state_dict")
         path = self.folder / folder / f"{prefix}{round(test_return, 2) + 0.0:.2f}.pt"  # + 0.0 turns -0.0 into 0.0
         write_checkpoint(path, {**{key: self.snapshot[key] for key in keys}, "test_return": test_return})
-        for other in path.parent.iterdir():
-            if other != path and re.fullmatch(EVALUATED.replace("model_", prefix), other.name):
-                other.unlink()
+        for other in set(self.find_evaluated(folder, prefix)) - {path}:
+            other.unlink()
         return path
 
     def open_recording(self) -> None:
@@ -979,6 +982,9 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         fail("whoever read the output has gone; the same command with --resume continues")
     except OSError as error:
+        if ".so" in str(error):  # Procgen loads shared libraries when its games are made
+            packages = "libgl1 and libglib2.0-0 (libglib2.0-0t64 on newer systems)"
+            fail(f"Procgen misses a library of the system ({error}); on Debian or Ubuntu install {packages}")
         fail(f"{error.filename or args.model_saving_dir} could not be used: {error.strerror or error}")
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "memory" not in str(error):

@@ -9,20 +9,37 @@ generators, progress.csv, the recording. Prints what differs. Exit codes: 0 noth
 """
 
 import csv
+import json
+import multiprocessing
 import os
 import runpy
 import signal
-import subprocess
 import sys
 import tempfile
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # as the scripts do, before PyTorch is loaded
 import numpy as np
 import torch
+from gym_notices.notices import notices as gym_notices
 
-# Six iterations of 64 steps: saved after 2, 4 and 6, archived after 1, 2, 3, 4 and 6.
-SIZES = {"num-envs": 4, "num-steps": 16, "num-minibatches": 2, "total-timesteps": 384, "update-epochs": 2}
+gym_notices.clear()
+import procgen
+from tqdm import tqdm
+
+# Every run has a process of its own, forked from one that has loaded what takes seconds: PyTorch, what its optimizers
+# import, and Procgen's images, which come with the first game (without threads, as these would not survive a fork).
+paths = [str(Path(__file__).resolve().parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+os.environ["PYTHONPATH"] = os.pathsep.join(paths)  # where that process finds this file
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["check_resume", "torch._dynamo", "torch.utils.tensorboard", "tyro", "filelock"])
+procgen.ProcgenGym3Env(1, "coinrun", num_threads=0)
+
+# Six iterations of 32 steps: saved after 2, 4 and 6, archived after 1, 2, 3, 4 and 6. Episodes of bossfight are short.
+SIZES = {"num-envs": 4, "num-steps": 8, "num-minibatches": 2, "total-timesteps": 192, "update-epochs": 1}
 SIZES |= {"log-interval": 2, "archive-interval": 3, "num-eval-episodes": 2, "env-id": "bossfight"}
 # What is counted, and when a process is stopped: at this share of all calls of the undisturbed run.
 MOMENTS = (
@@ -43,10 +60,16 @@ def command(script: Path, arguments: list) -> list:
     return [str(script.resolve()), *sizes, *arguments, "--resume"]
 
 
-def run_and_count(words: list, what: str, fatal_call: int, signum: int) -> dict:
-    """Run a script in this process; on a certain call of what is counted, send a signal to it. Returns the counts."""
-    import procgen
+def run_and_count(words: list, folder: Path, output: Path, what: str, fatal_call: int, signum: int) -> None:
+    """Run a script in this process, and print how often each of what is counted was called.
 
+    On a certain call of what is counted, the process gets a signal.
+    """
+    os.chdir(folder)
+    with open(output, "wb") as file:
+        os.dup2(file.fileno(), 1), os.dup2(file.fileno(), 2)
+    torch.set_num_threads(1)  # as fast at these sizes, and several run side by side
+    tqdm.set_lock(threading.RLock())  # its own is for several processes, and a killed one would leave it behind
     counts = {}
 
     def counted(name, original):
@@ -63,36 +86,37 @@ def run_and_count(words: list, what: str, fatal_call: int, signum: int) -> dict:
     procgen.ProcgenGym3Env.act = counted("act", procgen.ProcgenGym3Env.act)
     sys.argv = words
     runpy.run_path(words[0], run_name="__main__")
-    return counts
+    print(json.dumps(counts), flush=True)
 
 
-def launch(words: list, folder: Path, what="", fatal_call=0, signum=0) -> subprocess.CompletedProcess:
+def launch(words: list, folder: Path, what="", fatal_call=0, signum=0) -> SimpleNamespace:
+    """Run a script in folder, to its end or its signal. Returns its exit code and what it printed."""
     folder.mkdir(exist_ok=True)
-    child = [sys.executable, __file__, "--child", what, str(fatal_call), str(int(signum)), *words]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # as fast at these sizes, and several run side by side
-    return subprocess.run(child, cwd=folder, env=environment, capture_output=True, text=True)
+    with tempfile.NamedTemporaryFile("r", errors="replace") as output:
+        process = PROCESSES.Process(target=run_and_count, args=(words, folder, output.name, what, fatal_call, signum))
+        process.start()
+        process.join()
+        return SimpleNamespace(code=process.exitcode, printed=output.read())
 
 
 def run_undisturbed(script: Path, arguments: list, folder: Path) -> dict:
     """Run a script to its end in folder. Returns how often each of what is counted was called."""
-    process = launch(command(script, arguments), folder)
-    if process.returncode:
-        sys.exit(f"{script} failed undisturbed:\n{process.stdout}{process.stderr}")
-    return eval(process.stdout.splitlines()[-1], {})  # the dict that the child has printed
+    run = launch(command(script, arguments), folder)
+    if run.code:
+        sys.exit(f"{script} failed undisturbed:\n{run.printed}")
+    return json.loads(run.printed.splitlines()[-1])
 
 
 def run_disturbed(script: Path, arguments: list, folder: Path, counts: dict, moment: tuple) -> list:
     """Run a script in folder, end it at a moment, resume it to its end. Returns what went wrong."""
     what, share, signum = moment
     words = command(script, arguments)
-    process = launch(words, folder, what, max(1, round(share * counts[what])), signum)
+    run = launch(words, folder, what, max(1, round(share * counts[what])), signum)
     expected = 75 if signum == signal.SIGTERM else -signum
-    if process.returncode != expected:
-        return [f"the exit code was {process.returncode}, not {expected}: {process.stderr[-1000:]}"]
-    process = launch(words, folder)
-    if process.returncode:
-        return [f"the resumed run failed with {process.returncode}: {process.stderr[-1000:]}"]
-    return []
+    if run.code != expected:
+        return [f"the exit code was {run.code}, not {expected}: {run.printed[-1000:]}"]
+    run = launch(words, folder)
+    return [f"the resumed run failed with {run.code}: {run.printed[-1000:]}"] if run.code else []
 
 
 def differences(one, other, name="") -> list:
@@ -120,6 +144,8 @@ def read_run(folder: Path) -> dict:
         name = str(path.relative_to(run))
         if path.suffix == ".pt":
             content[name] = torch.load(path, weights_only=True)
+        elif path.suffix == ".json":
+            content[name] = json.loads(path.read_text())
         elif path.suffix == ".csv":
             with open(path) as file:
                 rows = list(csv.DictReader(file))
@@ -158,8 +184,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--child"]:
-        what, fatal_call, signum, *words = sys.argv[2:]
-        print(run_and_count(words, what, int(fatal_call), int(signum)))
-    else:
-        sys.exit(main())
+    sys.exit(main())

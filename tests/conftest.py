@@ -1,4 +1,4 @@
-"""What both test files use. ppo_procgen comes before PyTorch, as it sets how long OpenMP's threads spin."""
+"""What the test files share. ppo_procgen comes before PyTorch, as it sets how long OpenMP's threads spin."""
 
 import contextlib
 import io
@@ -6,18 +6,23 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
+import pytest
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import ppo_procgen
+
+ppo_procgen.torch.set_num_threads(1)  # as fast at the sizes of the tests, and other processes find a core
 
 
 def run_main(module, arguments, folder):
     """Run a script's main() in folder with these arguments, in this process; return it like a finished one."""
     stdout, stderr, code = io.StringIO(), io.StringIO(), 0
     handlers = {signum: signal.getsignal(signum) for signum in ppo_procgen.STOP_SIGNALS}
-    folder_before, argv_before = Path.cwd(), sys.argv
+    folder_before, argv_before, hook_before = Path.cwd(), sys.argv, threading.excepthook
     os.chdir(folder)
     sys.argv = [module.__name__ + ".py", *arguments]
     try:
@@ -27,10 +32,29 @@ def run_main(module, arguments, folder):
         code = exit.code
     finally:
         os.chdir(folder_before)
-        sys.argv = argv_before
+        sys.argv, threading.excepthook = argv_before, hook_before
         for signum, handler in handlers.items():
             signal.signal(signum, handler)
     return subprocess.CompletedProcess(arguments, code, stdout.getvalue(), stderr.getvalue())
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """A function from a game to a checkpoint after two small iterations, trained when it is first asked for."""
+    checkpoints = {}
+
+    def checkpoint(env_id):
+        if env_id not in checkpoints:
+            folder = tmp_path_factory.mktemp(env_id)
+            sizes = (
+                "--num-envs 4 --num-steps 16 --num-minibatches 2 --total-timesteps 128 --num-eval-episodes 2".split()
+            )
+            process = run_main(ppo_procgen, ["--env-id", env_id, *sizes, "--no-cuda"], folder)
+            assert process.returncode == 0, process.stderr
+            (checkpoints[env_id],) = folder.glob(f"models/{env_id}/*/final/*.pt")
+        return checkpoints[env_id]
+
+    return checkpoint
 
 
 def wait_for(condition, process):
