@@ -378,7 +378,7 @@ def collect(args: Args, path: Path, state: dict, folder: Path | None, chosen: di
         quota = np.full(args.num_envs, MAX_LEVEL)
         if num_episodes is not None:  # the same number in each game, as the first to end would be the short ones
             quota = num_episodes // args.num_envs + (np.arange(args.num_envs) < num_episodes % args.num_envs)
-        quota = [half for half in np.array_split(quota, 2) if len(half)]
+        quota = [half for half in np.array_split(quota, 2) if half.any()]
         streams = [{"seed": int(seed), "num_envs": len(half)} for seed, half in zip(seeds[1:], quota)]
         kept = {"keep_frames": args.frames, "keep_tape": not args.frames} if folder else {}
         halves = [Half(stream, dataset.levels, **kept) for stream in streams]
@@ -1278,8 +1278,10 @@ class Worker(threading.local):
     pool = None
 
     def fault_in(self, *arguments) -> str | None:
-        if self.pool is None:
-            self.pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))  # Procgen does not survive a fork
+        if self.pool is None:  # Procgen does not survive a fork, but may be imported before one, which saves seconds
+            context = multiprocessing.get_context("forkserver")
+            context.set_forkserver_preload(["torch", "procgen"])
+            self.pool = ProcessPoolExecutor(1, context)
         try:
             return self.pool.submit(fault_in, *arguments).result()
         except BrokenProcessPool:

@@ -41,21 +41,14 @@ KEYS = {
 }
 
 
-def trained(folder, env_id):
-    """A checkpoint after two small iterations."""
-    sizes = "--num-envs 4 --num-steps 16 --num-minibatches 2 --total-timesteps 128 --num-eval-episodes 2 --no-cuda"
-    assert run_main(ppo_procgen, ["--env-id", env_id, *sizes.split()], folder).returncode == 0
-    return next((folder / "models" / env_id).glob("*/final/*.pt"))
+@pytest.fixture(scope="session")
+def starpilot(trained):
+    return trained("starpilot")
 
 
-@pytest.fixture(scope="module")
-def starpilot(tmp_path_factory):
-    return trained(tmp_path_factory.mktemp("starpilot"), "starpilot")
-
-
-@pytest.fixture(scope="module")
-def miner(tmp_path_factory):
-    return trained(tmp_path_factory.mktemp("miner"), "miner")
+@pytest.fixture(scope="session")
+def miner(trained):
+    return trained("miner")
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +74,7 @@ def collect(folder, checkpoint, *more, num_envs=4):
 
 
 def verify(folder, *more):
-    return subprocess.run([*SCRIPT, "--verify", str(folder), *more], capture_output=True, text=True, timeout=300)
+    return run_main(collect_procgen, ["--verify", str(folder), *more], folder.parent)
 
 
 def episodes(folder):
@@ -193,9 +186,8 @@ def test_the_same_seed_gives_the_same_bytes(dataset, starpilot, tmp_path):
     assert names[0] == names[1]
 
 
-def test_a_time_limit_is_a_truncation(tmp_path):
-    checkpoint = trained(tmp_path, "maze")
-    assert collect(tmp_path / "d", checkpoint, "--num-episodes", "8", num_envs=8).returncode == 0
+def test_a_time_limit_is_a_truncation(trained, tmp_path):
+    assert collect(tmp_path / "d", trained("maze"), "--num-episodes", "8", num_envs=8).returncode == 0
     cut = 0
     for _, episode in episodes(tmp_path / "d").values():
         expected = len(episode["dones"]) == 500 and not episode["level_complete"]
@@ -258,7 +250,7 @@ def test_a_collection_that_was_killed_again_and_again_ends_like_one_that_was_not
     env_id, frames, starpilot, miner, tmp_path, monkeypatch
 ):
     checkpoint = {"starpilot": starpilot, "miner": miner}[env_id]
-    options = [checkpoint, "--num-episodes", "6", "--save-interval", "0.05", frames]
+    options = [checkpoint, "--num-episodes", "4", "--save-interval", "0.05", frames]
     assert collect(tmp_path / "whole", *options).returncode == 0
     for name, call in (("act", 1), ("replace", 1), ("act", 60), ("replace", 9), ("act", 150)):
         if collect_and_die(monkeypatch, name, call, tmp_path / "killed", *options) is None:
@@ -274,22 +266,24 @@ def metadata_or_nothing(folder):
     return metadata(folder) if (folder / "metadata.json").exists() else {}
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR2, signal.SIGKILL])
-def test_a_collection_that_was_stopped_ends_like_one_that_was_not(signum, dataset, starpilot, tmp_path):
-    folder = tmp_path / "d"
+def test_a_collection_that_was_stopped_by_any_signal_ends_like_one_that_was_not(dataset, starpilot, tmp_path):
     options = ["--num-episodes", "12", "--num-envs", "4", "--no-cuda", "--save-interval", "0.2"]
-    command = [*SCRIPT, "--checkpoint", str(starpilot), "--dataset-saving-dir", str(folder), *options]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    wait_for(lambda: len(list(folder.glob("starpilot/*.npz"))) >= 5, process)
-    process.send_signal(signum)
-    process.wait(timeout=60)
-    assert process.returncode == (-signum if signum == signal.SIGKILL else 75)
-    episodes(folder)  # opens every file
-    assert metadata(folder)["complete"] is False
-    process = collect(folder, starpilot, *options)
-    assert process.returncode == 0, process.stderr
-    assert contents(folder) == contents(dataset)
-    assert metadata(folder)["episodes_sha256"] == metadata(dataset)["episodes_sha256"]
+    processes = {}
+    for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2, signal.SIGKILL):
+        folder = tmp_path / signum.name
+        command = [*SCRIPT, "--checkpoint", str(starpilot), "--dataset-saving-dir", str(folder), *options]
+        processes[signum] = folder, subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    for signum, (folder, process) in processes.items():
+        wait_for(lambda: len(list(folder.glob("starpilot/*.npz"))) >= 3, process)  # noqa: B023
+        process.send_signal(signum)
+    for signum, (folder, process) in processes.items():
+        process.wait(timeout=120)
+        assert process.returncode == (-signum if signum == signal.SIGKILL else 75)
+        episodes(folder)  # opens every file
+        assert metadata(folder)["complete"] is False
+        assert collect(folder, starpilot, *options).returncode == 0
+        assert contents(folder) == contents(dataset)
+        assert metadata(folder)["episodes_sha256"] == metadata(dataset)["episodes_sha256"]
 
 
 def test_an_unfinished_dataset_is_finished_by_the_command_that_began_it(starpilot, tmp_path, monkeypatch):
@@ -547,14 +541,14 @@ def test_nothing_but_episodes_stands_in_their_folder_while_a_collection_runs(sta
     """gen_dgrl's loader lists {dataset}/{env_name} and sorts it by the number after the last underscore."""
     folder = tmp_path / "d"
     command = [*SCRIPT, "--checkpoint", str(starpilot), "--dataset-saving-dir", str(folder), "--num-envs", "4"]
-    process = subprocess.Popen([*command, "--no-cuda", "--num-episodes", "40"], stdout=subprocess.DEVNULL)
+    process = subprocess.Popen([*command, "--no-cuda", "--num-episodes", "16"], stdout=subprocess.DEVNULL)
     seen = 0
     while process.poll() is None:
         names = [entry.name for entry in os.scandir(folder / "starpilot")] if (folder / "starpilot").is_dir() else []
         sorted(names, key=lambda name: float(name.split("_")[-1].removesuffix(".npz")))
         assert all(NAME.fullmatch(name) for name in names)
         seen += len(names)
-    assert process.returncode == 0 and seen and len(episodes(folder)) == 40
+    assert process.returncode == 0 and seen and len(episodes(folder)) == 16
     assert sorted(path.name for path in folder.iterdir()) == [".lock", "metadata.json", "preview.png", "starpilot"]
 
 
@@ -581,13 +575,13 @@ def test_a_recording_is_small_and_drawn_gives_the_very_files_of_the_dataset(reco
 
 
 @pytest.mark.parametrize("env_id", ["dodgeball", "miner"])
-def test_a_recording_of_a_stateful_game_that_was_extended_is_drawn_the_same(env_id, tmp_path, miner):
-    checkpoint = miner if env_id == "miner" else trained(tmp_path, env_id)
-    for number in ("5", "8"):
+def test_a_recording_of_a_stateful_game_that_was_extended_is_drawn_the_same(env_id, trained, tmp_path):
+    checkpoint = trained(env_id)
+    for number in ("3", "5"):
         for name, *more in (("direct",), ("recording", "--no-frames")):
             assert collect(tmp_path / name, checkpoint, "--num-episodes", number, *more).returncode == 0
     assert render(tmp_path / "recording", tmp_path / "drawn").returncode == 0
-    assert contents(tmp_path / "drawn") == contents(tmp_path / "direct") and len(contents(tmp_path / "drawn")) == 8
+    assert contents(tmp_path / "drawn") == contents(tmp_path / "direct") and len(contents(tmp_path / "drawn")) == 5
 
 
 def test_drawing_that_was_killed_goes_on(recording, dataset, tmp_path, monkeypatch):
@@ -882,11 +876,11 @@ def test_changed_metadata_are_noticed(key, dataset, tmp_path):
 
 
 def test_only_the_culprit_fails_if_a_state_makes_procgen_give_up(miner, tmp_path):
-    assert collect(tmp_path / "d", miner, "--num-episodes", "6").returncode == 0
+    assert collect(tmp_path / "d", miner, "--num-episodes", "4").returncode == 0
     state = episodes(tmp_path / "d")[3][1]["initial_state"]
     path = rewrite(tmp_path / "d", 3, initial_state=state[: len(state) // 2])
     process = verify(tmp_path / "d")
-    assert process.returncode == 1 and "6 episodes checked, 1 failed" in process.stdout, process.stdout
+    assert process.returncode == 1 and "4 episodes checked, 1 failed" in process.stdout, process.stdout
     assert f"{path}: the replay makes Procgen end its process" in process.stdout
 
 
@@ -928,9 +922,8 @@ def test_another_build_of_procgen_is_reported_as_such(dataset, tmp_path):
 
 
 @pytest.mark.parametrize("env_id", ["dodgeball", "miner"])
-def test_games_whose_seed_is_not_enough_store_their_initial_state(env_id, tmp_path):
-    checkpoint = trained(tmp_path, env_id)
-    assert collect(tmp_path / "d", checkpoint, "--num-episodes", "16").returncode == 0
+def test_games_whose_seed_is_not_enough_store_their_initial_state(env_id, trained, tmp_path):
+    assert collect(tmp_path / "d", trained(env_id), "--num-episodes", "6").returncode == 0
     for _, episode in episodes(tmp_path / "d").values():
         assert episode["initial_state"].dtype == np.uint8 and len(episode["initial_state"]) > 1000
     process = verify(tmp_path / "d")
