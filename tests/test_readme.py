@@ -1,0 +1,81 @@
+"""The README names no flag that does not exist, and its programs read what the scripts write."""
+
+import dataclasses
+import re
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import run_main
+
+import collect_procgen
+import ppo_procgen
+import sweep
+
+README = (Path(__file__).resolve().parent.parent / "README.md").read_text()
+SCRIPTS = {"ppo_procgen.py": ppo_procgen, "collect_procgen.py": collect_procgen, "sweep.py": sweep}
+FLAGS = {name: {field.name for field in dataclasses.fields(module.Args)} for name, module in SCRIPTS.items()}
+ELSEWHERE = {"--dataset", "--env_name", "--capture-video", "--seed", "--python", "--help", "--device", "--json"}
+ELSEWHERE |= {"--logdir", "--flag", "--no-flag", "--nv"}  # other programs', and placeholders
+
+
+def commands():
+    """(script, its words) of every command line of the README, code or text."""
+    joined = README.replace("\\\n", " ")
+    for line in re.findall(r"python ((?:ppo|collect)_procgen\.py|sweep\.py)([^\n`|]*)", joined):
+        yield line[0], shlex.split(line[1], comments=True)
+
+
+def test_every_command_names_flags_of_its_script():
+    found = list(commands())
+    assert len(found) > 25
+    for script, words in found:
+        for word in words:
+            if word.startswith("--"):
+                name = word.split("=")[0].removeprefix("--").replace("-", "_")
+                assert {name, name.removeprefix("no_")} & FLAGS[script], f"{script} has no {word}"
+
+
+def test_every_flag_in_the_text_exists():
+    known = set().union(*FLAGS.values())
+    for flag in set(re.findall(r"(?<![\w-])--[a-z][\w-]*", README)) - ELSEWHERE:
+        name = flag.removeprefix("--").replace("-", "_")
+        sbatch = flag in ("--seed", "--system-site-packages")
+        assert sbatch or {name, name.removeprefix("no_")} & known, flag
+
+
+def block(text):
+    (found,) = [code for code in re.findall(r"```python\n(.*?)```", README, re.S) if text in code]
+    return found
+
+
+@pytest.fixture(scope="module")
+def collected(trained, tmp_path_factory):
+    """The same five episodes with frames and as a recording."""
+    root = tmp_path_factory.mktemp("readme")
+    for name, *more in (("frames",), ("recording", "--no-frames")):
+        options = ["--num-episodes", "5", "--num-envs", "4", "--no-cuda", "--dataset-saving-dir", name, *more]
+        assert run_main(collect_procgen, ["--checkpoint", str(trained("bossfight")), *options], root).returncode == 0
+    return root
+
+
+def test_its_loaders_read_a_dataset_and_a_recording_alike(collected):
+    names = {"folder": collected / "frames"}
+    exec(block("def episodes(folder)"), names)
+    assert len(names["data"]) == 5 and all(
+        end[-1] != x["truncations"][-1] for end, x in zip(names["terminals"], names["data"])
+    )
+    exec(block("def replay(folder)"), names)
+    frames, actions, rewards, dones, _ = (np.concatenate(x) for x in zip(*names["replay"](collected / "recording")))
+    assert dones.sum() == 5 and len(actions) == sum(len(x["actions"]) for x in names["data"])
+    assert rewards.sum() == pytest.approx(sum(x["rewards"].sum() for x in names["data"]))
+    drawn = sorted(frame.transpose(2, 0, 1).tobytes() for frame in frames)
+    assert drawn == sorted(frame.tobytes() for x in names["data"] for frame in x["observations"][:-1])
+
+
+def test_a_checkpoint_is_loaded_as_it_says(trained):
+    code = block('state = torch.load("models/').replace("models/.../final/model_9.50.pt", str(trained("bossfight")))
+    names = {"frames": ppo_procgen.torch.zeros((3, 64, 64, 3), dtype=ppo_procgen.torch.uint8)}
+    exec("import torch\nfrom types import SimpleNamespace\nfrom ppo_procgen import Agent\n" + code, names)
+    assert names["action"].shape == names["value"].shape == (3,)
