@@ -42,7 +42,7 @@ import time
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NoReturn
@@ -265,15 +265,15 @@ class Half:
         level_seeds = [int(info["level_seed"]) for info in self.games.get_info()]
         states = [get_state(self.games, game) for game in range(self.games.num)]
         state = {name: torch.from_numpy(x.copy()) for name, x in {**arrays, "length": self.length}.items()}
-        return {**state, "steps": self.steps, "level_seeds": level_seeds, "games": to_tensors(states),
-                "initial_states": to_tensors(self.initial_states)}  # fmt: skip
+        return {**state, "steps": self.steps, "level_seeds": level_seeds, "games": states,
+                "initial_states": self.initial_states}  # fmt: skip
 
     def set_state(self, state: dict) -> None:
         """Continue from get_state()'s return value. The frames under way are drawn again, by all cores."""
-        self.games.set_state(to_bytes(state["games"]))
+        self.games.set_state(state["games"])
         self.observed = self.games.observe()[1]["rgb"]
         self.length, self.steps = state["length"].numpy().copy(), state["steps"]
-        self.initial_states, longest = to_bytes(state["initial_states"]), self.length.max()
+        self.initial_states, longest = state["initial_states"], self.length.max()
         for name in ("actions", "rewards", "log_probs"):
             getattr(self, name)[:, :longest] = state[name].numpy()
 
@@ -296,6 +296,7 @@ class Policy:
 
     def __init__(self, agent, quota, max_steps, device):
         self.agent, self.quota, self.max_steps, self.device, self.steps = agent, quota, max_steps, device, 0
+        self.steps_at = [0] * len(quota)  # steps of all games when each half last acted
 
     @torch.inference_mode()
     def choose(self, half, number):
@@ -308,17 +309,23 @@ class Policy:
         actions, log_probs = np.full(half.games.num, IDLE, np.uint8), np.zeros(half.games.num, np.float32)
         actions[playing], log_probs[playing] = (x.cpu().numpy() for x in chosen[:2])
         self.steps += len(playing)
+        self.steps_at[number] = self.steps
         return actions, log_probs
 
-    def end(self, number, game):
-        self.quota[number][game] = self.quota[number][game] - 1 if self.steps < self.max_steps else 0
+    def learn(self, half, number, episodes):
+        """What the last step of a half has ended. That the other half may have acted since must not matter."""
+        quota, enough = self.quota[number], self.steps_at[number] >= self.max_steps
+        for episode in episodes:
+            quota[episode["game"]] = 0 if enough else quota[episode["game"]] - 1
 
     def get_state(self):
-        state = {"steps": int(self.steps), "quota": [x.tolist() for x in self.quota], "torch": torch.get_rng_state()}
-        return {**state, "cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None}
+        state = {"steps": self.steps, "steps_at": self.steps_at, "quota": [x.tolist() for x in self.quota]}
+        cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
+        return {**state, "torch": torch.get_rng_state(), "cuda": cuda}
 
     def set_state(self, state):
-        self.steps, self.quota = state["steps"], [np.array(x) for x in state["quota"]]
+        self.steps, self.steps_at = state["steps"], state["steps_at"]
+        self.quota = [np.array(x) for x in state["quota"]]
         torch.set_rng_state(state["torch"])
         if self.device.type == "cuda" and state["cuda"] is not None:
             torch.cuda.set_rng_state(state["cuda"], self.device)
@@ -328,8 +335,9 @@ def roll_out(halves, player, dataset):
     """Let player act in the games until nothing is left to play; hand every episode to dataset as it ends."""
 
     def receive(number, half):
-        for episode in half.receive():
-            player.end(number, episode["game"])
+        episodes = half.receive()
+        player.learn(half, number, episodes)
+        for episode in episodes:
             dataset.keep(episode)
 
     acted = True
@@ -402,11 +410,8 @@ class Replay:
     def choose(self, half, number):
         first, chunk = self.chunks[number]
         if half.steps >= first + len(chunk["actions"]):
-            self.compare(half, number)
             first, chunk = self.chunks[number] = self.recording.chunk_at(half.steps, self.segment, number)
-            if not len(chunk["actions"]):
-                return None  # the last one has been played
-        if half.steps >= self.last_step:
+        if half.steps >= self.last_step or not len(chunk["actions"]):
             return None
         actions, log_probs = (chunk[name][half.steps - first] for name in ("actions", "log_probs"))
         playing = np.flatnonzero(actions != IDLE)
@@ -417,19 +422,15 @@ class Replay:
             self.log_prob_error = max(self.log_prob_error, float(np.abs(error).max()))
         return actions, log_probs
 
-    def compare(self, half, number):
-        """The games' tape with the chunk that has been played, from where this process began to play it."""
-        first, chunk = self.chunks[number]
-        rows, half.tape = half.tape or [], [] if half.tape is not None else None
-        for name in self.compared if rows else ():
-            recorded, found = chunk[name][-len(rows) :], np.stack([row[name] for row in rows])
-            if not np.array_equal(recorded, found):
-                differing = (recorded != found).reshape(len(rows), -1).any(axis=1).argmax()
-                step = half.steps - len(rows) + differing
-                raise Unfit(f"the replay gives other {name} than the recording has, first at step {step}", 1)
-
-    def end(self, number, game):
-        pass
+    def learn(self, half, number, episodes):
+        """Compare what the last step of a half gave with what it gave then."""
+        (first, chunk), rows, half.tape = self.chunks[number], half.tape, []
+        for row in rows:
+            for name in self.compared:
+                if not np.array_equal(row[name], chunk[name][half.steps - 1 - first]):
+                    raise Unfit(
+                        f"the replay gives other {name} than the recording has, first at step {half.steps - 1}", 1
+                    )
 
     def get_state(self):  # the games know how far they are
         return {}
@@ -457,6 +458,7 @@ def render(args: Args) -> None:
         fail(f"--render {args.render} is unfinished; finish it, or draw part of a training with --iterations", 2)
     made_with = {key: value for key, value in source.items() if key not in (*COUNTS, "before")}
     made_with |= {"kind": "episodes", "rendered_from": args.render, "iterations": args.iterations}
+    made_with["rendered_steps"] = None if args.iterations else recorded  # a recording may grow
     with Dataset(folder, args, made_with, ("steps", sum(lengths)), wanted) as dataset:
         if dataset.found == "complete":
             return
@@ -505,7 +507,15 @@ RANGES = {
 }  # fmt: skip
 EPISODE_NAME = re.compile(r"(\d{8}T\d{6})_(\d+)_(\d+)_(\d+)_(-?\d+\.\d\d)\.npz")
 EVALUATED = re.compile(r"model_(\d+_)?-?\d+\.\d\d\.pt")  # other files in a run are the user's
+# One dataset has one of each, also one build of Procgen: the two builds draw differently.
+ONE_DATASET = (*LEVELS, "kind", "checkpoint_sha256", "agent_from", "procgen")
+ONE_DATASET += ("rendered_from", "rendered_steps", "iterations")
 COUNTS = ("episodes", "steps", "return_mean", "return_std", "return_min", "return_max", "episodes_sha256")
+ONLY = {  # what goes with a flag that is no collection
+    "render": "render dataset_saving_dir iterations other_build save_interval preview video video_path cuda".split(),
+    "verify": "verify checkpoint agent_from video video_path cuda".split(),
+}
+SCRIPT_KEYS = ("script", "script_sha256")
 NOTHING = {"episodes": 0, "steps": 0, "episodes_sha256": ""}
 FRAMES_PER_SECOND = 15  # of videos, as when a person plays Procgen
 
@@ -548,8 +558,12 @@ def check_args(args: Args) -> None:
             fail("--dataset-saving-dir goes with --checkpoint; with --ratio it is --ratio-dataset-dir, in each run", 2)
     if args.render is not None:
         require(args, args.dataset_saving_dir is not None, "dataset_saving_dir", "given with --render")
-    elif args.iterations is not None or args.other_build:
-        fail("--iterations and --other-build go with --render", 2)
+    mode = "render" if args.render is not None else "verify" if args.verify is not None else None
+    for field in fields(args):
+        belongs = field.name in ONLY[mode] if mode else field.name not in ("iterations", "other_build")
+        if getattr(args, field.name) != field.default and not belongs:
+            flag = field.name.replace("_", "-")
+            fail(f"--{flag} has no part in " + (f"--{mode}" if mode else "a collection") + "; leave it out", 2)
     require(args, args.env_id is None or args.env_id in ENV_NAMES, "env_id", f"one of {', '.join(ENV_NAMES)}")
     require(args, args.num_envs <= 2**16, "num_envs", "at most 65536")
     require(args, 0 < args.save_interval <= 60, "save_interval", "above 0 and at most 60 seconds")
@@ -561,11 +575,15 @@ def check_args(args: Args) -> None:
         require(args, value is None or value >= least, name, f"at least {least}")
 
 
+def modes_of(env_id: str) -> list:
+    return ["easy", "hard"] + [mode for mode, games in EXTRA_MODES.items() if env_id in games]
+
+
 def fill_in(args: Args, trained: dict) -> Args:
     """The arguments with what was left out taken from the checkpoint's, and checked against each other."""
     args = replace(args, **{name: trained[name] for name in INHERITED if getattr(args, name) is None})
     require(args, args.env_id == trained["env_id"], "env_id", f"{trained['env_id']}, the game of the checkpoint")
-    modes = ["easy", "hard"] + [mode for mode, games in EXTRA_MODES.items() if args.env_id in games]
+    modes = modes_of(args.env_id)
     require(args, args.distribution_mode in modes, "distribution_mode", f"one of {', '.join(modes)} for {args.env_id}")
     require(args, 0 <= args.seed < MAX_LEVEL, "seed", f"between 0 and {MAX_LEVEL - 1}")
     require(args, 0 <= args.start_level < MAX_LEVEL, "start_level", f"between 0 and {MAX_LEVEL - 1}")
@@ -617,14 +635,6 @@ def replay(levels: dict, level_seed: int, initial_state: bytes | None, actions: 
             yield frame, rewards[0], first[0], game.get_info()[0] if first[0] else None
     finally:
         game.close()
-
-
-def to_tensors(states: list) -> list:
-    return [None if state is None else torch.frombuffer(bytearray(state), dtype=torch.uint8) for state in states]
-
-
-def to_bytes(states: list) -> list:
-    return [None if state is None else state.numpy().tobytes() for state in states]
 
 
 # FILES
@@ -726,7 +736,11 @@ def load_checkpoint(path: Path) -> dict:
         ) from None
     try:
         trained, xpid = state["args"], state["xpid"]
-        sound = state["format"] == 1 and trained["env_id"] in ENV_NAMES and isinstance(state["script"], str)
+        sound = (
+            state["format"] == 1
+            and trained["env_id"] in ENV_NAMES
+            and all(isinstance(state[key], str) for key in SCRIPT_KEYS)
+        )
         sound &= all(type(trained[key]) is int for key in ("num_levels", "start_level", "seed"))
         sound &= xpid not in ("", "..") and xpid == Path(xpid).name and xpid.isprintable()
         sound &= type(state["iteration"]) is int and type(state["global_step"]) is int
@@ -737,6 +751,7 @@ def load_checkpoint(path: Path) -> dict:
     if not sound or not finite:
         reason = "holds values that no script here writes" if not sound else "has weights that are not finite"
         raise Unfit(f"checkpoint {path} {reason}", 1)
+    state.pop("optimizer_state_dict", None)  # large, and not played
     return {**state, "sha256": hashlib.sha256(content).hexdigest()}  # of what was read: the file may be replaced
 
 
@@ -752,6 +767,8 @@ def find_agent(args: Args) -> type:
         spec = importlib.util.spec_from_file_location("agent_from", args.agent_from)
         sys.modules["agent_from"] = module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
+        if not issubclass(module.Agent, nn.Module):
+            raise TypeError("it is no torch.nn.Module")
         return module.Agent
     except Exception as error:  # whatever the file does
         fail(f"--agent-from {args.agent_from} cannot be imported, or has no class Agent ({one_line(error)})", 2)
@@ -775,22 +792,27 @@ def agent_sha256(agent: type) -> str:
 
 def load_agent(args: Args, state: dict, path: Path) -> nn.Module:
     """The checkpoint's network. Raises Unfit unless it is known to be the one that Agent defines."""
-    agent_class, same_network = find_agent(args), True
-    if args.agent_from is None or "agent_sha256" in state:
-        same_network = agent_sha256(agent_class) == state.get("agent_sha256")
-    if args.agent_from is None and (state["script"] != AGENT_OF or not same_network):
-        whose = f"by {state['script']}" if state["script"] != AGENT_OF else f"by a {AGENT_OF} with another network"
+    agent_class, source = find_agent(args), args.agent_from or AGENT_OF
+    same_network = agent_sha256(agent_class) == state.get("agent_sha256")
+    if not same_network or (args.agent_from is None and state["script"] != AGENT_OF):
+        whose = (
+            f"by {state['script']}" if state["script"] != Path(source).name else f"by a {source} with another network"
+        )
         way_out = "--agent-from FILE names the script whose class Agent it needs; its run folder has a copy"
         raise Unfit(f"checkpoint {path} was written {whose}: {way_out}", 2)
-    if not same_network and args.ratio is not None:  # one network for many runs: take those that it has made
-        raise Unfit(f"checkpoint {path} was made by other networks than those in {args.agent_from}", 2)
-    if not same_network:
-        print(f"note: the networks in {args.agent_from} are not word for word those that made {path}")
+    if args.agent_from is not None and describe_agent_from(args)["sha256"] != state["script_sha256"]:
+        print(f"note: {source} has changed since it wrote {path}, outside the text of its networks")
     try:
         agent = agent_class(SimpleNamespace(**state["args"]))
         agent.load_state_dict(state["model_state_dict"])
     except Exception as error:  # depends on what is in the file
         raise Unfit(f"checkpoint {path} does not fit the network: {one_line(error)}", 1) from None
+    try:
+        with torch.inference_mode(), torch.random.fork_rng(devices=[]):
+            _, _, _, _ = agent.get_action_and_value(torch.zeros((1, 64, 64, 3), dtype=torch.uint8))
+    except Exception as error:  # it may want more than a frame
+        needs = "it needs a fork of this script, whose Policy plays it"
+        raise Unfit(f"the network of {path} does not play from a frame alone ({one_line(error)}): {needs}", 1) from None
     return agent
 
 
@@ -801,16 +823,23 @@ def versions() -> dict:
 
 
 def read_metadata(folder: Path) -> dict:
+    """metadata.json of a dataset or a recording. Exits with code 1 if it is not there, or cannot be one."""
     path = folder / "metadata.json"
     try:
         metadata = json.loads(path.read_text())
-        wanted = {*LEVELS, "kind", "args", "segments", "versions", "complete"}
-        if missing := wanted - metadata.keys():
-            raise KeyError(*sorted(missing))
-        metadata["versions"]["procgen"]
-        return metadata
+        sound = metadata["distribution_mode"] in modes_of(metadata["env_id"]) and metadata["env_id"] in ENV_NAMES
+        sound &= all(type(metadata[name]) is int for name in ("start_level", "num_levels"))
+        sound &= isinstance(metadata["versions"]["procgen"], str) and metadata["kind"] in ("episodes", "recording")
+        streams = [stream for segment in metadata["segments"] for stream in segment["streams"]]
+        sound &= all(type(stream[name]) is int for stream in streams for name in ("seed", "num_envs"))
+        sound &= isinstance(metadata["args"], dict) and isinstance(metadata["complete"], bool)
+        if metadata["complete"] and "num_steps" not in metadata["args"]:  # a training does not count its episodes
+            sound &= all(name in metadata for name in COUNTS)
+        if not sound:
+            raise ValueError("it holds values that no script here writes")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         fail(f"{path} cannot be read as that of a dataset or a recording ({one_line(error)})")
+    return metadata
 
 
 class Recording:
@@ -825,8 +854,7 @@ class Recording:
 
     def chunk_at(self, step: int, segment: int, stream: int) -> tuple:
         """Number of its first step, and arrays, of the chunk that holds a step. After the last one they are empty."""
-        paths = sorted(self.folder.glob(f"{segment}_{stream}_*.npz"))
-        firsts = [int(path.stem.split("_")[2]) for path in paths]
+        firsts, paths = zip(*list_chunks(self.folder, segment, stream) or [(math.inf, None)])
         number = bisect.bisect(firsts, step) - 1
         if number < 0:
             raise Unfit(f"{self.folder} has no {segment}_{stream}_{0:08d}.npz", 1)
@@ -853,6 +881,12 @@ class Recording:
         return found, steps
 
 
+def list_chunks(folder: Path, segment: int, stream: int) -> list:
+    """(number of its first step, path) of every chunk of a recording's vector of games, in order."""
+    matches = [(re.fullmatch(rf"{segment}_{stream}_(\d+)\.npz", path.name), path) for path in folder.glob("*.npz")]
+    return sorted((int(match[1]), path) for match, path in matches if match)
+
+
 def load_chunk(path: Path, num_envs: int) -> dict:
     try:
         with np.load(path, allow_pickle=False) as file:
@@ -861,22 +895,25 @@ def load_chunk(path: Path, num_envs: int) -> dict:
         actions, sizes = chunk["actions"], {len(array) for array in chunk.values()}
         if shapes != {(num_envs,)} or len(sizes) != 1 or actions[actions != IDLE].max(initial=0) > 14:
             raise ValueError("shapes or actions are not those of these games")
+        if not (chunk["log_probs"] <= 0).all():
+            raise ValueError("log_probs are above 0 or no numbers")
     except Exception as error:  # numpy and zipfile raise whatever they stumble over
         raise Unfit(f"{path} is damaged ({one_line(error)})", 1) from None
     return chunk
 
 
-def bytes_per_step(recording: Recording, steps: int = 200) -> float:
-    """Size of a dataset's files per step, measured on the first steps of eight of the games."""
-    half, player = Half(recording.segments[0][0], recording.levels, keep_frames=True), Replay(recording, 0)
-    ended = []
-    while half.steps < steps and (chosen := player.choose(half, 0)) is not None:
-        half.act(*chosen)
-        ended += [episode["frames"] for episode in half.receive()]
+def bytes_per_step(recording: Recording) -> float:
+    """Size of a dataset's files per step, measured on the first 200 steps of up to eight of the games."""
+    chunk, num = recording.chunk_at(0, 0, 0)[1], min(8, recording.segments[0][0]["num_envs"])
+    half = Half({**recording.segments[0][0], "num_envs": num}, recording.levels, keep_frames=True)
+    frames = []
+    for actions, log_probs in zip(chunk["actions"][:200, :num], chunk["log_probs"][:200, :num]):
+        half.act(actions, log_probs)
+        frames += [episode["frames"] for episode in half.receive()]
     half.games.close()
-    frames = sorted([*ended, *half.frames], key=len)[-8:]
-    size = sum(len(deflate.deflate_compress(np.stack(x).transpose(0, 3, 1, 2).tobytes(), 4)) for x in frames if x)
-    return 5 + size / max(1, sum(map(len, frames)))  # 5 for all but the frames
+    frames = [np.stack(x).transpose(0, 3, 1, 2) for x in (*frames, *half.frames) if x]
+    size = sum(len(deflate.deflate_compress(x.tobytes(), 4)) for x in frames)
+    return 5 + size / sum(map(len, frames))  # 5 for all but the frames
 
 
 class Dataset:
@@ -903,25 +940,30 @@ class Dataset:
 
     def open(self) -> None:
         """Lock the folder, and read in it where to go on."""
+        if not (self.folder / "metadata.json").exists() and any(self.folder.glob("**/*.npz")):
+            fail(f"{self.folder} holds episodes without a metadata.json; choose another folder", 2)
         self.lock = filelock.FileLock(self.folder / ".lock")
         on_cluster = "SLURM_JOB_ID" in os.environ  # there, whoever holds it may be about to end
         patience = LOCK_PATIENCE if on_cluster else 1  # sweep.py may be asking whether the dataset is in use
         try:
             subfolder = self.levels["env_id"] if self.metadata["kind"] == "episodes" else ""
             (self.folder / subfolder).mkdir(parents=True, exist_ok=True)
-            self.lock.acquire(timeout=patience)
-        except filelock.Timeout:
-            in_use = f"{self.folder} is in use by another process, {patience} s long"
-            fail(f"{in_use}; wait for it to end or choose another folder", EXIT_STOPPED if on_cluster else 1)
+            for _ in range(patience):
+                try:
+                    self.lock.acquire(timeout=1)
+                    break
+                except filelock.Timeout:
+                    stop_if_asked()
+            else:
+                in_use = f"{self.folder} is in use by another process, {patience} s long"
+                fail(f"{in_use}; wait for it to end or choose another folder", EXIT_STOPPED if on_cluster else 1)
         except OSError as error:
             fail(f"{self.folder} cannot be written: {error.strerror}; choose another folder")
-        for leftover in self.folder.glob(".*.tmp"):  # of a write that was killed
-            leftover.unlink()
         if not (self.folder / "metadata.json").exists():
-            if any(self.folder.glob("**/*.npz")):
-                fail(f"{self.folder} holds episodes without a metadata.json; choose another folder", 2)
             return
         self.read()
+        for leftover in self.folder.glob(".*.tmp"):  # of a write that was killed
+            leftover.unlink()
         if self.found != "unfinished":
             (self.folder / "state.pt").unlink(missing_ok=True)
         elif (self.folder / "state.pt").exists():
@@ -935,8 +977,7 @@ class Dataset:
         """Take over the metadata on disk. Exits with code 2 if they are another dataset's, or of another command."""
         found, asked = read_metadata(self.folder), json.loads(json.dumps(self.metadata))
         there, here = ({**x, "procgen": x["versions"]["procgen"]} for x in (found, asked))
-        # One dataset, one network, one build of Procgen: the two builds draw differently.
-        for name in ("kind", *LEVELS, "checkpoint_sha256", "agent_from", "rendered_from", "iterations", "procgen"):
+        for name in ONE_DATASET:
             if there.get(name) != here.get(name):
                 differs = f"whose {name} is {there.get(name)}, not {here.get(name)}"
                 fail(f"{self.folder} holds a dataset {differs}; choose another folder", 2)
@@ -953,10 +994,13 @@ class Dataset:
         if rendered:
             self.segment = 0
         self.metadata = {**asked, "segments": found["segments"]}
+        if found.get("device") == "cuda":  # its log_probs are less precise, also if a CPU goes on
+            self.metadata["device"] = "cuda"
         self.next_index, self.sha256 = self.before["episodes"] + 1, self.before["episodes_sha256"]
         if found["complete"] and (rendered or min(x for x in self.left() if x is not None) <= 0):
             self.found = "complete"
             more = "" if rendered else "; ask for more to extend it"
+            more += f"; --verify {self.folder} --video {self.args.video} shows them" if self.args.video else ""
             print(f"{self.folder} is complete with {found['episodes']} episodes{more}")
 
     def left(self) -> tuple:
@@ -974,15 +1018,15 @@ class Dataset:
             player.set_state(self.saved["player"])
             self.next_index, self.sha256, self.summary = (self.saved[x] for x in ("next_index", "sha256", "summary"))
             self.saved = None
-            self.shown.update(sum(x[1] for x in self.summary), len(self.summary))
+            self.shown.restore(sum(x[1] for x in self.summary), len(self.summary))
         if self.folder is None:
             return
         for index, *_, path in list_episodes(self.folder):
             if index >= self.next_index:
                 path.unlink()
         for number, half in enumerate(halves):
-            for path in self.folder.glob(f"{segment}_{number}_*.npz"):
-                if int(path.stem.split("_")[2]) >= half.steps:
+            for first_step, path in list_chunks(self.folder, segment, number):
+                if first_step >= half.steps:
                     path.unlink()
         self.metadata |= {"complete": False, "before": self.before}
         if segment == len(self.metadata["segments"]):
@@ -1066,31 +1110,41 @@ class Shown:
     def __init__(self, unit: str, total: int | None):
         self.in_log = not (sys.stdout.isatty() and sys.stderr.isatty())
         self.bar = tqdm(total=total, unit=f" {unit}", unit_scale=True, smoothing=0, disable=self.in_log)
-        self.unit, self.steps, self.episodes, self.start_time, self.last_line = unit, 0, 0, time.time(), time.time()
+        self.unit, self.steps, self.episodes, self.steps_before = unit, 0, 0, 0
+        self.start_time = self.last_line = time.time()
 
-    def update(self, steps: int, episodes: int = 1) -> None:
-        self.bar.update(steps if self.unit == "steps" else episodes)
-        self.steps, self.episodes = self.steps + steps, self.episodes + episodes
+    def restore(self, steps: int, episodes: int) -> None:
+        """What an earlier process has done."""
+        self.steps = self.steps_before = steps
+        self.episodes = self.bar.n = self.bar.initial = episodes
+        if self.unit == "steps":
+            self.bar.n = self.bar.initial = steps
+
+    def update(self, steps: int) -> None:
+        self.bar.update(steps if self.unit == "steps" else 1)
+        self.steps, self.episodes = self.steps + steps, self.episodes + 1
         if self.in_log and time.time() - self.last_line > 30:
             self.last_line = time.time()
-            speed = self.steps / (self.last_line - self.start_time)
-            print(f"{self.episodes:,} episodes, {self.steps:,} steps, {speed:.0f} steps/s", flush=True)
+            print(f"{self.episodes:,} episodes, {self.steps:,} steps, {self.speed():.0f} steps/s", flush=True)
+
+    def speed(self) -> float:
+        return (self.steps - self.steps_before) / (time.time() - self.start_time)
 
 
 def report(dataset: Dataset) -> None:
     """Print what was played, and draw the video if one is wanted."""
     if dataset.summary:
-        print_summary(dataset.levels, dataset.summary, time.time() - dataset.shown.start_time)
+        print_summary(dataset.levels, dataset.summary, dataset.shown.speed())
     if dataset.films:
         draw_video(
             Path(dataset.args.video_path or (dataset.folder or Path()) / "video.mp4"), dataset.films, dataset.levels
         )
 
 
-def print_summary(levels: dict, summary: list, seconds: float) -> None:
+def print_summary(levels: dict, summary: list, speed: float) -> None:
     returns, lengths, completed, level_seeds = map(np.array, zip(*summary))
     error = returns.std(ddof=1) / math.sqrt(len(returns)) if len(returns) > 1 else math.nan
-    print(f"episodes            {len(returns)}, {lengths.sum():,} steps, {lengths.sum() / seconds:.0f} steps/s")
+    print(f"episodes            {len(returns)}, {lengths.sum():,} steps, {speed:.0f} steps/s")
     print(f"mean return         {returns.mean():.2f} +- {error:.2f} (standard error)")
     print(f"median, min, max    {np.median(returns):.2f}, {returns.min():.2f}, {returns.max():.2f}")
     if levels["distribution_mode"] in RANGES:
@@ -1120,6 +1174,7 @@ def choose_checkpoints(args: Args) -> tuple:
         return [(path, state) for path, state in states if state["test_return"] is not None]
 
     for run in sorted(path for path in root.iterdir() if path.is_dir()):
+        stop_if_asked()
         try:
             final, archived = load(run, "final"), load(run, "checkpoint") if args.ratio != 1 else []
         except Unfit as error:
@@ -1176,6 +1231,7 @@ def draw_video(path: Path, episodes: list, levels: dict) -> None:
                  for x in episodes]  # fmt: skip
         sheet = Image.new("RGB", (columns * size, rows * (size + strip)))
         for t in range(max(len(x["actions"]) for x in episodes)):
+            stop_if_asked()
             for i, (game, episode) in enumerate(zip(games, episodes)):
                 length, corner = len(episode["actions"]), (i % columns * size, i // columns * (size + strip))
                 if t >= length:
@@ -1190,9 +1246,9 @@ def draw_video(path: Path, episodes: list, levels: dict) -> None:
             yield sheet
         yield from [sheet] * FRAMES_PER_SECOND
 
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         if path.suffix == ".gif":
             first, *more = (picture.quantize(64, Image.Quantize.FASTOCTREE, dither=0) for picture in pictures())
             options = {"duration": 1000 / FRAMES_PER_SECOND, "loop": 0}
@@ -1207,6 +1263,8 @@ def draw_video(path: Path, episodes: list, levels: dict) -> None:
                     file.mux(stream.encode(av.VideoFrame.from_image(picture)))
                 file.mux(stream.encode(None))
         os.replace(temporary, path)
+    except OSError as error:
+        fail(f"the video {path} could not be written: {error.strerror}")
     finally:
         temporary.unlink(missing_ok=True)
     print(f"{path}: {len(episodes)} episodes")
@@ -1278,9 +1336,9 @@ class Worker(threading.local):
     pool = None
 
     def fault_in(self, *arguments) -> str | None:
-        if self.pool is None:  # Procgen does not survive a fork, but may be imported before one, which saves seconds
+        if self.pool is None:  # Procgen does not survive a fork; PyTorch is loaded before it, once, as that takes long
             context = multiprocessing.get_context("forkserver")
-            context.set_forkserver_preload(["torch", "procgen"])
+            context.set_forkserver_preload(["torch"])
             self.pool = ProcessPoolExecutor(1, context)
         try:
             return self.pool.submit(fault_in, *arguments).result()
@@ -1312,16 +1370,14 @@ def verify(args: Args) -> int:
         print("it is unfinished: metadata.json says complete: false")
     elif not failed and "episodes" in metadata:  # the recording of a training does not count its episodes
         for name, value in {**counts(NOTHING, dataset.summary), "episodes_sha256": dataset.sha256}.items():
-            same = (
-                value == metadata[name] if isinstance(value, str) else math.isclose(value, metadata[name], rel_tol=1e-6)
-            )
-            if not same:
+            there, numbers = metadata[name], isinstance(value, float) and isinstance(metadata[name], float)
+            if value != there and not (numbers and math.isclose(value, there, rel_tol=1e-6)):
                 failed.append("metadata.json")
-                print(f"{folder / 'metadata.json'}: {name} is {metadata[name]} there, {value} by what was played")
+                print(f"{folder / 'metadata.json'}: {name} is {there} there, {value} by what was played")
     if dataset.films:
         draw_video(Path(args.video_path or folder / "video.mp4"), dataset.films, dataset.levels)
     proof = "all replayed bit for bit" if rendered_by == here else "all but the frames replayed"
-    proof += ", and every log-probability is that of the checkpoint" if agent else ""
+    proof += f", and every log-probability is that of {args.checkpoint}" if agent else ""
     print(f"{folder}: {number} episodes checked, {len(failed)} failed" + ("" if failed else f", {proof}"))
     return 1 if failed or not number else 0
 
@@ -1349,7 +1405,7 @@ def verify_recording(args, folder, metadata, agent, compare_frames) -> tuple:
                 if halves[0].steps != iterations * of_training:
                     failed.append(number)
                     print(f"{folder}: it has {halves[0].steps} steps of each game, not {iterations * of_training}")
-            if player.log_prob_error > tolerance(metadata):
+            if not player.log_prob_error <= tolerance(metadata):
                 failed.append(number)
                 print(
                     f"{folder}: log_probs are up to {player.log_prob_error:.3g} from those of the checkpoint's network"
@@ -1414,9 +1470,17 @@ def main() -> None:
             folder = Path("datasets") / state["args"]["env_id"] / state["xpid"] / path.stem
             jobs = [(path, state, Path(args.dataset_saving_dir) if args.dataset_saving_dir else folder, {})]
         for path, state, folder, note in jobs:
-            collect(args, path, state, folder if args.save_dataset else None, note)
+            try:
+                collect(args, path, state, folder if args.save_dataset else None, note)
+            except SystemExit as failure:  # its line has been printed; with --ratio, the others go on
+                if args.ratio is None or failure.code == EXIT_STOPPED:
+                    raise
+                odd += 1
     except Unfit as error:
         fail(*error.args)
+    except Stopped as stop:  # while nothing was played
+        print(f"stopped by {stop}")
+        sys.exit(EXIT_STOPPED)
     except BrokenPipeError:
         fail("whoever read the output has gone")
     except (OSError, MemoryError) as error:

@@ -498,7 +498,8 @@ def check_args(args: Args) -> None:
         ("checkpoint", lambda x: x != "", "a file, or left out"),
     ):
         for name in names.split():
-            require(holds(getattr(args, name)), name, wanted)
+            if hasattr(args, name):  # a fork may do without
+                require(holds(getattr(args, name)), name, wanted)
     most_levels = MAX_LEVEL - 1 - args.start_level  # one is left to test on
     require(args.num_levels <= most_levels, "num_levels", f"at most {most_levels} with this --start-level")
     batch = args.num_envs * args.num_steps
@@ -586,6 +587,8 @@ def freeze(x, name="", device=None):
         return x.detach().to(device or x.device, copy=True)
     if isinstance(x, (np.ndarray, np.generic)):
         return {"numpy": torch.from_numpy(np.array(x))}
+    if isinstance(x, np.random.Generator):
+        return {"generator": freeze(x.bit_generator.state, name, device)}
     if isinstance(x, dict):
         return {key: freeze(value, f"{name}.{key}", device) for key, value in x.items()}
     if isinstance(x, (list, tuple, deque)):
@@ -606,6 +609,9 @@ def thaw(saved, x=None, name=""):
         return saved.to(x.device)
     if isinstance(saved, dict) and saved.keys() == {"numpy"}:
         return saved["numpy"].numpy()[()]
+    if isinstance(x, np.random.Generator):
+        x.bit_generator.state = thaw(saved["generator"])
+        return x
     for put in ("load_state_dict", "set_state"):
         if hasattr(type(x), put):
             getattr(x, put)(thaw(saved))

@@ -2,6 +2,7 @@
 
 import gc
 import hashlib
+import importlib.util
 import io
 import json
 import os
@@ -11,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import types
 import zipfile
 from pathlib import Path
 
@@ -456,6 +458,17 @@ def test_an_odd_run_is_skipped_and_the_others_are_collected(starpilot, tmp_path)
     assert {path.parts[-4] for path in root.glob("*/test_dataset/1.0/metadata.json")} == {"good_0", "truncated_1"}
 
 
+def test_a_folder_that_one_run_cannot_use_does_not_stop_the_others(starpilot, dataset, tmp_path):
+    for xpid in ("a_0", "b_1"):
+        make_run(tmp_path, starpilot, xpid, {}, 6.0)
+    shutil.copytree(dataset, tmp_path / "starpilot" / "a_0" / "test_dataset" / "1.0")
+    arguments = ["--env-id", "starpilot", "--ratio-checkpoint-dir", str(tmp_path), "--num-episodes", "2", "--no-cuda"]
+    process = run_main(collect_procgen, [*arguments, "--num-envs", "2", "--ratio", "1.0"], tmp_path)
+    assert process.returncode == 1
+    assert "holds a dataset whose checkpoint_sha256" in process.stderr and "1 runs were skipped" in process.stderr
+    assert metadata(tmp_path / "starpilot" / "b_1" / "test_dataset" / "1.0")["complete"]
+
+
 # NETWORKS OF OTHER SCRIPTS
 
 
@@ -497,11 +510,43 @@ def test_a_fork_is_collected_and_verified_with_its_own_network(elu, tmp_path):
     assert metadata(folder)["script"] == "ppo_elu_procgen.py"
     right = verify(folder, "--checkpoint", str(elu[1]), "--agent-from", str(elu[0]))
     assert right.returncode == 0, right.stdout + right.stderr
-    assert "every log-probability" in right.stdout
+    assert f"every log-probability is that of {elu[1]}" in right.stdout
     wrong = verify(folder, "--checkpoint", str(elu[1]), "--agent-from", str(ROOT / "ppo_procgen.py"))
-    assert wrong.returncode == 1
-    assert "are not word for word" in wrong.stdout
-    assert wrong.stdout.count("from those of the checkpoint's network") == 4
+    assert wrong.returncode == 2
+    assert_one_line(wrong.stderr, "was written by ppo_elu_procgen.py", "--agent-from")
+
+
+def test_a_dataset_that_another_network_played_is_noticed(elu, tmp_path, monkeypatch):
+    """The collector plays with ReLU what was trained with ELU, as it would if it did not look at the network's text."""
+    forged = {**torch.load(elu[1], weights_only=True), "script": "ppo_procgen.py"}
+    torch.save({**forged, "agent_sha256": collect_procgen.agent_sha256(Agent)}, tmp_path / "forged.pt")
+    assert collect(tmp_path / "d", tmp_path / "forged.pt", "--num-episodes", "4").returncode == 0
+    found = metadata(tmp_path / "d")
+    sha256 = hashlib.sha256(elu[1].read_bytes()).hexdigest()
+    (tmp_path / "d" / "metadata.json").write_text(json.dumps({**found, "checkpoint_sha256": sha256}))
+    process = verify(tmp_path / "d", "--checkpoint", str(elu[1]), "--agent-from", str(elu[0]))
+    assert process.returncode == 1
+    assert process.stdout.count("from those of the checkpoint's network") == 4
+
+
+def test_a_fork_that_has_changed_around_its_networks_is_named(elu, tmp_path):
+    (tmp_path / elu[0].name).write_text(elu[0].read_text() + "\n# a line more\n")
+    process = collect(tmp_path / "d", elu[1], "--num-episodes", "1", "--agent-from", str(tmp_path / elu[0].name))
+    assert process.returncode == 0 and "has changed since it wrote" in process.stdout
+
+
+def test_a_network_that_needs_more_than_a_frame_is_one_line_before_anything_is_written(elu, tmp_path):
+    source = elu[0].read_text().replace("(self, x, action=None):", "(self, x, memory, action=None):")
+    path = tmp_path / "ppo_lstm_procgen.py"
+    path.write_text(source)
+    module = importlib.util.module_from_spec(spec := importlib.util.spec_from_file_location("lstm", path))
+    sys.modules["lstm"] = module
+    spec.loader.exec_module(module)
+    state = torch.load(elu[1], weights_only=True) | {"agent_sha256": collect_procgen.agent_sha256(module.Agent)}
+    torch.save(state, tmp_path / "lstm.pt")
+    process = collect(tmp_path / "d", tmp_path / "lstm.pt", "--num-episodes", "1", "--agent-from", str(path))
+    assert process.returncode == 1 and not (tmp_path / "d").exists()
+    assert_one_line(process.stderr, "does not play from a frame alone", "a fork of this script")
 
 
 def test_of_many_runs_those_of_the_named_network_are_collected(elu, starpilot, tmp_path):
@@ -512,7 +557,7 @@ def test_of_many_runs_those_of_the_named_network_are_collected(elu, starpilot, t
     process = run_main(collect_procgen, [*options, "--agent-from", str(elu[0])], tmp_path)
     assert process.returncode == 1
     assert [path.parts[-4] for path in root.glob("*/test_dataset/1.0/metadata.json")] == ["fork"]
-    assert "parent is skipped" in process.stdout and "was made by other networks" in process.stdout
+    assert "parent is skipped" in process.stdout and "was written by ppo_procgen.py" in process.stdout
 
 
 def test_zeros_for_log_probs_are_noticed_with_the_checkpoint_only(dataset, starpilot, tmp_path):
@@ -552,6 +597,25 @@ def test_nothing_but_episodes_stands_in_their_folder_while_a_collection_runs(sta
     assert sorted(path.name for path in folder.iterdir()) == [".lock", "metadata.json", "preview.png", "starpilot"]
 
 
+@pytest.mark.parametrize("total", [150, 300, 450, 600])
+def test_when_the_state_is_saved_has_no_part_in_the_episodes(total, starpilot, tmp_path):
+    """A save reads what one half's step gave before the other half acts: at the budget's end it must not matter."""
+    for name, interval in (("often", "0.000000001"), ("once", "60")):
+        options = ["--total-timesteps", str(total), "--save-interval", interval, "--no-frames"]
+        assert collect(tmp_path / name, starpilot, *options, num_envs=16).returncode == 0
+    assert metadata(tmp_path / "often")["episodes_sha256"] == metadata(tmp_path / "once")["episodes_sha256"]
+
+
+def test_the_budget_counts_what_was_played_when_a_half_acted_last():
+    half = types.SimpleNamespace(observed=np.zeros((2, 64, 64, 3), np.uint8), games=types.SimpleNamespace(num=2))
+    player = collect_procgen.Policy(Agent(ppo_procgen.Args()), [np.full(2, 9), np.full(2, 9)], 6, torch.device("cpu"))
+    for number in (0, 1, 0):  # six steps: the budget is reached
+        player.choose(half, number)
+    player.learn(half, 1, [{"game": 0}])  # this half had acted when four were taken
+    player.learn(half, 0, [{"game": 1}])
+    assert [quota.tolist() for quota in player.quota] == [[9, 0], [8, 9]]
+
+
 # RECORDINGS
 
 
@@ -582,6 +646,30 @@ def test_a_recording_of_a_stateful_game_that_was_extended_is_drawn_the_same(env_
             assert collect(tmp_path / name, checkpoint, "--num-episodes", number, *more).returncode == 0
     assert render(tmp_path / "recording", tmp_path / "drawn").returncode == 0
     assert contents(tmp_path / "drawn") == contents(tmp_path / "direct") and len(contents(tmp_path / "drawn")) == 5
+
+
+def test_a_drawing_of_a_recording_that_has_grown_is_not_taken_for_complete(starpilot, tmp_path):
+    assert collect(tmp_path / "r", starpilot, "--num-episodes", "2", "--no-frames").returncode == 0
+    assert render(tmp_path / "r", tmp_path / "d").returncode == 0
+    assert collect(tmp_path / "r", starpilot, "--num-episodes", "3", "--no-frames").returncode == 0
+    process = render(tmp_path / "r", tmp_path / "d")
+    assert process.returncode == 2
+    assert_one_line(process.stderr, "whose rendered_steps is")
+
+
+def test_every_frame_that_is_drawn_is_compared(rollouts, tmp_path):
+    """Also those of a part of a training, and those before and after a stop."""
+    for row in (127, 128, 200):
+        folder = tmp_path / f"r{row}"
+        shutil.copytree(rollouts, folder)
+        path = folder / "0_0_00000000.npz"
+        chunk = dict(np.load(path))
+        chunk["checksums"][row] += 1
+        np.savez_compressed(path, **chunk)
+        process = render(folder, tmp_path / f"d{row}", "--iterations", "1", "1")
+        assert process.returncode == (1 if row < 128 else 0)
+        if row < 128:
+            assert_one_line(process.stderr, "other checksums than the recording has, first at step 127")
 
 
 def test_drawing_that_was_killed_goes_on(recording, dataset, tmp_path, monkeypatch):
@@ -676,6 +764,7 @@ def add_one_at(row):
         (lambda r: change_chunk(r, actions=lambda x: (x + 1) % 15), "than the recording has"),
         (lambda r: change_chunk(r, actions=lambda x: x + 20), "0_1_00000000.npz is damaged"),
         (lambda r: change_chunk(r, log_probs=np.zeros_like), "metadata.json: episodes_sha256"),
+        (lambda r: change_chunk(r, log_probs=lambda x: x * np.nan), "0_1_00000000.npz is damaged"),
         (lambda r: (r / "0_0_00000000.npz").write_bytes(b"no chunk"), "0_0_00000000.npz is damaged"),
         (lambda r: (r / "0_0_00000000.npz").unlink(), "has no 0_0_00000000.npz"),
     ],
@@ -875,6 +964,36 @@ def test_changed_metadata_are_noticed(key, dataset, tmp_path):
     assert process.returncode == 1 and f"metadata.json: {key} is {found[key] + 1}" in process.stdout
 
 
+@pytest.mark.parametrize(
+    "change",
+    [{"env_id": "starpilo"}, {"distribution_mode": "memory"}, {"episodes": None}, {"segments": [{}]}, {"args": 1}],
+)
+def test_metadata_that_no_script_writes_are_one_line(change, dataset, tmp_path):
+    shutil.copytree(dataset, tmp_path / "d")
+    found = {key: value for key, value in {**metadata(dataset), **change}.items() if value is not None}
+    (tmp_path / "d" / "metadata.json").write_text(json.dumps(found))
+    process = verify(tmp_path / "d")
+    assert process.returncode == 1
+    assert_one_line(process.stderr, "metadata.json cannot be read")
+
+
+def test_a_dataset_without_its_episodes_does_not_verify(dataset, tmp_path):
+    shutil.copytree(dataset, tmp_path / "d")
+    for path in (tmp_path / "d").glob("*/*.npz"):
+        path.unlink()
+    process = verify(tmp_path / "d")
+    assert process.returncode == 1 and "episodes is 12 there, 0 by what was played" in process.stdout, process.stderr
+
+
+def test_a_users_folder_is_left_as_it_is(starpilot, tmp_path):
+    (tmp_path / "home").mkdir()
+    for name in (".notes.tmp", "x.npz"):
+        (tmp_path / "home" / name).write_text("mine")
+    process = collect(tmp_path / "home", starpilot)
+    assert process.returncode == 2
+    assert sorted(path.name for path in (tmp_path / "home").iterdir()) == [".notes.tmp", "x.npz"]
+
+
 def test_only_the_culprit_fails_if_a_state_makes_procgen_give_up(miner, tmp_path):
     assert collect(tmp_path / "d", miner, "--num-episodes", "4").returncode == 0
     state = episodes(tmp_path / "d")[3][1]["initial_state"]
@@ -948,7 +1067,10 @@ def test_games_whose_seed_is_not_enough_store_their_initial_state(env_id, traine
         ("--checkpoint CHECKPOINT --capacity 999", 2, "--capacity is 999; it must be at least 1000, the time limit"),
         ("--render a-file", 2, "--dataset-saving-dir is None; it must be given with --render"),
         ("--render nowhere --dataset-saving-dir d", 1, "nowhere/metadata.json cannot be read"),
-        ("--checkpoint CHECKPOINT --iterations 1 2", 2, "--iterations and --other-build go with --render"),
+        ("--checkpoint CHECKPOINT --iterations 1 2", 2, "--iterations has no part in a collection"),
+        ("--render a --dataset-saving-dir d --num-episodes 2", 2, "--num-episodes has no part in --render"),
+        ("--verify a --seed 2", 2, "--seed has no part in --verify"),
+        ("--checkpoint sha.pt", 1, "sha.pt is none of these scripts"),
         ("--checkpoint CHECKPOINT --save-interval 61", 2, "--save-interval is 61"),
         ("--checkpoint CHECKPOINT --video -1", 2, "--video is -1"),
         ("--checkpoint CHECKPOINT --video 1 --video-path v.avi", 2, "--video-path is 'v.avi'"),
@@ -986,6 +1108,7 @@ def test_bad_input_is_one_line(arguments, code, message, starpilot, tmp_path, mo
     good = torch.load(starpilot, weights_only=True)
     weights = {name: weight * float("nan") for name, weight in good["model_state_dict"].items()}
     torch.save({**good, "model_state_dict": weights}, "nan.pt")
+    torch.save({key: value for key, value in good.items() if key != "script_sha256"}, "sha.pt")
     torch.save({**good, "xpid": ".."}, "xpid.pt")
     torch.save({**good, "test_return": torch.zeros(2)}, "return.pt")
     Path("a-file").write_text("")

@@ -22,6 +22,7 @@ import threading
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -625,6 +626,23 @@ def test_a_resumed_run_has_every_piece_of_its_state(jumper, tmp_path, monkeypatc
     assert run_main(ppo_procgen, [*JUMPER, "--resume", "--total-timesteps", "640"], folder).returncode == 75
     before["args"] |= {"resume": True, "total_timesteps": 640}
     assert not differences(load(run / "rolling" / "model.pt"), before)
+
+
+def test_a_random_generator_of_a_wrapper_is_saved_and_restored(tmp_path):
+    wrapper = SimpleNamespace(rng=np.random.default_rng(7), steps=3)
+    wrapper.rng.integers(10, size=5)
+    torch.save(ppo_procgen.freeze(wrapper), tmp_path / "state.pt")
+    expected = wrapper.rng.random(4)
+    other = SimpleNamespace(rng=np.random.default_rng(0), steps=0)
+    ppo_procgen.thaw(torch.load(tmp_path / "state.pt", weights_only=True), other)
+    assert np.array_equal(other.rng.random(4), expected) and other.steps == 3
+
+
+def test_a_fork_may_do_without_an_argument():
+    fields = {**vars(ppo_procgen.Args(xpid="x")), "my_width": 3}
+    for name in ("hidden_size", "target_kl"):
+        del fields[name]
+    ppo_procgen.check_args(SimpleNamespace(**fields))
 
 
 def test_a_signal_saves_and_exits_75(uninterrupted, tmp_path):
