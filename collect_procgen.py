@@ -1440,7 +1440,8 @@ def verify_episodes(args, folder, metadata, agent, compare_frames) -> tuple:
                 if fault:
                     failed.append(path)
                     tqdm.write(f"{path}: {fault}")
-                dataset.shown.update(0)
+                match = EPISODE_NAME.fullmatch(path.name)
+                dataset.shown.update(int(match[3]) if match else 0)
         except Stopped:
             pool.shutdown(cancel_futures=True)
             raise

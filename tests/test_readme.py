@@ -1,5 +1,6 @@
 """The README names no flag that does not exist, and its programs read what the scripts write."""
 
+import csv
 import dataclasses
 import re
 import shlex
@@ -79,3 +80,15 @@ def test_a_checkpoint_is_loaded_as_it_says(trained):
     names = {"frames": ppo_procgen.torch.zeros((3, 64, 64, 3), dtype=ppo_procgen.torch.uint8)}
     exec("import torch\nfrom types import SimpleNamespace\nfrom ppo_procgen import Agent\n" + code, names)
     assert names["action"].shape == names["value"].shape == (3,)
+
+
+def test_its_learning_table_is_that_of_the_reference_runs():
+    rows = re.findall(r"^\| (\w+) \| ([\d,]+) \| ([\d.]+) \| ([\d.]+) \|", README, re.MULTILINE)
+    runs = Path(__file__).resolve().parent / "reference_runs"
+    assert len(rows) == len(list(runs.glob("*.csv")))
+    for game, *numbers in rows:
+        (path,) = runs.glob(f"{game}-*.csv")
+        with open(path) as file:
+            last = list(csv.DictReader(file))[-1]
+        returns = [f"{float(last[name]):.2f}" for name in ("charts/episodic_return", "charts/test_return")]
+        assert numbers == [f"{int(last['global_step']):,}", *returns]
