@@ -662,8 +662,8 @@ def to_npz(arrays: dict) -> bytes:
     members, directory, offset = [], [], 0
     for key, array in arrays.items():
         file, name = io.BytesIO(), f"{key}.npy".encode()
-        np.lib.format.write_array(file, np.asanyarray(array), allow_pickle=False)
-        content = file.getvalue()
+        np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
+        content = file.getvalue() + array.tobytes()
         packed = deflate.deflate_compress(content, 4)
         version, method, date, sizes = 20, 8, 33, (deflate.crc32(content), len(packed), len(content), len(name), 0)
         header = struct.pack("<5H3I2H", version, 0, method, 0, date, *sizes)
