@@ -70,9 +70,7 @@ class Args:
     ratio: float | None = None  # or, of every run of a game, the one whose test return is this share of the final one's
     ratio_checkpoint_dir: str = "models"  # with ratio: the runs are {ratio_checkpoint_dir}/{env_id}/*
     ratio_dataset_dir: str = "test_dataset"  # with ratio: datasets go to {run}/{ratio_dataset_dir}/{ratio}
-    render: str | None = (
-        None  # or draw this recording into dataset_saving_dir: a collection's, or a training's rollouts
-    )
+    render: str | None = None  # or draw this recording, a collection's or a training's, into dataset_saving_dir
     verify: str | None = None  # or check this dataset or recording by replay; with checkpoint, its log_probs as well
     agent_from: str | None = None  # the script whose class Agent is the checkpoint's network, if that is not this one's
 
@@ -608,6 +606,12 @@ def stop_if_asked() -> None:
         raise Stopped(signal.Signals(signals_received[0]).name)
 
 
+def exit_stopped() -> NoReturn:
+    for stop_signal in STOP_SIGNALS:  # Slurm sends two, and the second must not find Python without its handlers
+        signal.signal(stop_signal, signal.SIG_IGN)
+    sys.exit(EXIT_STOPPED)
+
+
 # GAMES
 
 
@@ -1079,7 +1083,7 @@ class Dataset:
             if kind is Stopped:
                 way_out = "; the same command continues" if self.folder else ""
                 print(f"stopped by {error} after {len(self.summary)} episodes{way_out}", flush=True)
-                sys.exit(EXIT_STOPPED)
+                exit_stopped()
         if kind is None and self.folder is not None and self.found != "complete":
             if self.metadata["kind"] == "episodes":
                 contact_sheet(self.folder, self.args.preview)
@@ -1480,8 +1484,8 @@ def main() -> None:
     except Unfit as error:
         fail(*error.args)
     except Stopped as stop:  # while nothing was played
-        print(f"stopped by {stop}")
-        sys.exit(EXIT_STOPPED)
+        print(f"stopped by {stop}", flush=True)
+        exit_stopped()
     except BrokenPipeError:
         fail("whoever read the output has gone")
     except (OSError, MemoryError) as error:
