@@ -914,6 +914,8 @@ class Run:
         self.save()
         saved = f"saved after iteration {self.iteration}; the same command with --resume continues"
         print(f"stopped by {error}, {saved}", flush=True)
+        for stop_signal in STOP_SIGNALS:  # Slurm sends two, and the second must not find Python without its handlers
+            signal.signal(stop_signal, signal.SIG_IGN)
         sys.exit(EXIT_STOPPED)
 
     def keep(self, test_return: float | None) -> None:
