@@ -32,6 +32,7 @@ import io
 import json
 import math
 import multiprocessing
+import multiprocessing.resource_tracker
 import platform
 import re
 import shutil
@@ -1341,6 +1342,8 @@ class Worker(threading.local):
 
     def fault_in(self, *arguments) -> str | None:
         if self.pool is None:  # Procgen does not survive a fork; PyTorch is loaded before it, once, as that takes long
+            multiprocessing.resource_tracker.ensure_running()  # which leaves this thread's signals unblocked
+            signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # the worker inherits it: this process ends it
             context = multiprocessing.get_context("forkserver")
             context.set_forkserver_preload(["torch"])
             self.pool = ProcessPoolExecutor(1, context)
