@@ -1434,9 +1434,7 @@ def verify_episodes(args, folder, metadata, agent, compare_frames) -> tuple:
         failed.append(folder)
     with Dataset(None, args, metadata, ("episodes", len(paths))) as dataset, ThreadPoolExecutor(CORES) as pool:
         try:
-            signal.pthread_sigmask(
-                signal.SIG_BLOCK, STOP_SIGNALS
-            )  # threads and workers inherit it: this one stops them
+            signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # the threads inherit it: this one is told
             futures = {pool.submit(WORKER.fault_in, path, dataset.levels, compare_frames): path for path in paths}
             signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
             for future in as_completed(futures):
