@@ -65,6 +65,7 @@ def run_and_count(words: list, folder: Path, output: Path, what: str, fatal_call
 
     On a certain call of what is counted, the process gets a signal.
     """
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())  # whoever started the fork server may have blocked some
     os.chdir(folder)
     with open(output, "wb") as file:
         os.dup2(file.fileno(), 1), os.dup2(file.fileno(), 2)
