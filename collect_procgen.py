@@ -85,7 +85,7 @@ class Args:
     total_timesteps: int = 1_000_000
     num_episodes: int | None = None  # or exactly so many episodes, the same number in each of the parallel games
     num_envs: int = 64  # number of parallel games
-    capacity: int | None = None  # steps of an episode that are held per game; by default the game's time limit
+    capacity: int | None = None  # no effect, as memory follows the episodes; an error if below the game's time limit
     save_dataset: bool = True  # write the episodes; without, this is an evaluation
     frames: bool = True  # without, write a recording: all but the frames, which --render draws
     dataset_saving_dir: str | None = None  # by default datasets/{env_id}/{xpid}/{name of the checkpoint}
@@ -1371,6 +1371,8 @@ def verify(args: Args) -> int:
     rendered_by, here = metadata["versions"]["procgen"], versions()["procgen"]
     if rendered_by != here:
         print(f"rendered by {rendered_by}, which draws some pixels unlike {here} here: all but the frames is compared")
+        if agent and metadata["kind"] == "recording":  # whose frames are not the ones that the policy saw
+            fail(f"--checkpoint needs the frames that {rendered_by} draws; leave it out, or verify where that is", 2)
     check = verify_recording if metadata["kind"] == "recording" else verify_episodes
     dataset, number, failed = check(args, folder, metadata, agent, rendered_by == here)
     if not metadata["complete"]:

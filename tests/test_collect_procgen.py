@@ -728,7 +728,7 @@ def test_iterations_that_a_recording_has_not(range, rollouts, tmp_path):
     assert not (tmp_path / "d").exists()
 
 
-def test_a_recording_of_the_other_build_is_drawn_on_purpose_only(recording, tmp_path):
+def test_a_recording_of_the_other_build_is_drawn_on_purpose_only(recording, starpilot, tmp_path):
     shutil.copytree(recording, tmp_path / "r")
     found = metadata(recording)
     found["versions"]["procgen"] = "procgen-from-elsewhere 0.10.7"
@@ -736,6 +736,9 @@ def test_a_recording_of_the_other_build_is_drawn_on_purpose_only(recording, tmp_
     process = render(tmp_path / "r", tmp_path / "d")
     assert process.returncode == 2
     assert_one_line(process.stderr, "procgen-from-elsewhere", "--other-build")
+    process = verify(tmp_path / "r", "--checkpoint", str(starpilot))
+    assert process.returncode == 2
+    assert_one_line(process.stderr, "--checkpoint needs the frames that procgen-from-elsewhere")
     assert render(tmp_path / "r", tmp_path / "d", "--other-build").returncode == 0
     assert metadata(tmp_path / "d")["versions"]["procgen"].startswith("procgen-mirror") or sys.version_info < (3, 11)
 
