@@ -418,7 +418,14 @@ def train(args: Args) -> None:
 
 
 def collect_metrics(envs, carry, optimizer, losses, test) -> dict:
-    """The row of an iteration in progress.csv and TensorBoard; nan stands for what was not measured."""
+    """The row of an iteration in progress.csv and TensorBoard; nan stands for what was not measured.
+
+    charts/episodic_return, episodic_length and level_complete are means over the last 100 training episodes, with raw
+    rewards; charts/test_* over the test episodes. The losses are means over the iteration's minibatches: old_approx_kl
+    and approx_kl estimate the KL divergence from the policy that acted to the new one, clipfrac is the share of ratios
+    outside the clipping range, grad_norm the norm before clipping; explained_variance is the share of the returns'
+    variance that the values before the update explain. Run adds charts/SPS, environment steps a second since the start.
+    """
 
     def mean(values):
         return float(np.mean(values, dtype=float)) if len(values) else math.nan
@@ -426,7 +433,7 @@ def collect_metrics(envs, carry, optimizer, losses, test) -> dict:
     test_returns, test_lengths, test_complete = test or ((), (), ())
     return {
         "charts/learning_rate": optimizer.param_groups[0]["lr"],
-        "charts/episodic_return": mean(envs.return_queue),  # of the last 100 training episodes
+        "charts/episodic_return": mean(envs.return_queue),
         "charts/episodic_length": mean(envs.length_queue),
         "charts/level_complete": mean(carry.level_complete),
         "charts/test_return": mean(test_returns),
