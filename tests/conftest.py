@@ -1,6 +1,7 @@
 """What the test files share. ppo_procgen comes before PyTorch, as it sets how long OpenMP's threads spin."""
 
 import contextlib
+import functools
 import io
 import os
 import signal
@@ -13,9 +14,14 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import collect_procgen
 import ppo_procgen
 
 ppo_procgen.torch.set_num_threads(1)  # as fast at the sizes of the tests, and other processes find a core
+os.environ["OMP_NUM_THREADS"] = "1"  # the same for processes that a test starts
+# Of this process, which plays the script a hundred times, the answers stay the same, and take a third of a second.
+ppo_procgen.describe_script = functools.cache(ppo_procgen.describe_script)
+collect_procgen.versions = functools.cache(collect_procgen.versions)
 
 
 def run_main(module, arguments, folder):
@@ -55,6 +61,38 @@ def trained(tmp_path_factory):
         return checkpoints[env_id]
 
     return checkpoint
+
+
+def collect(folder, checkpoint, *more, num_envs=4):
+    command = ["--checkpoint", str(checkpoint), "--dataset-saving-dir", str(folder), "--no-cuda"]
+    return run_main(collect_procgen, [*command, "--num-envs", str(num_envs), *more], folder.parent)
+
+
+@pytest.fixture(scope="session")
+def starpilot(trained):
+    return trained("starpilot")
+
+
+@pytest.fixture(scope="session")
+def miner(trained):
+    return trained("miner")
+
+
+@pytest.fixture(scope="module")
+def recording(starpilot, tmp_path_factory):
+    """The twelve episodes of `dataset` without their frames."""
+    folder = tmp_path_factory.mktemp("recording") / "r"
+    assert collect(folder, starpilot, "--num-episodes", "12", "--no-frames").returncode == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def dataset(starpilot, tmp_path_factory):
+    """Twelve episodes of starpilot from four games."""
+    folder = tmp_path_factory.mktemp("dataset") / "starpilot"
+    process = collect(folder, starpilot, "--num-episodes", "12")
+    assert process.returncode == 0, process.stderr
+    return folder
 
 
 def wait_for(condition, process):

@@ -3,7 +3,6 @@
 import gc
 import hashlib
 import importlib.util
-import io
 import json
 import os
 import re
@@ -13,14 +12,12 @@ import signal
 import subprocess
 import sys
 import types
-import zipfile
 from pathlib import Path
 
-import av
 import numpy as np
 import pytest
 import torch
-from conftest import assert_one_line, run_main, wait_for
+from conftest import assert_one_line, collect, run_main, wait_for
 from PIL import Image
 from procgen import ProcgenGym3Env
 
@@ -41,38 +38,6 @@ KEYS = {
     "level_complete": "bool",
     "level_seed": "int64",
 }
-
-
-@pytest.fixture(scope="session")
-def starpilot(trained):
-    return trained("starpilot")
-
-
-@pytest.fixture(scope="session")
-def miner(trained):
-    return trained("miner")
-
-
-@pytest.fixture(scope="module")
-def recording(starpilot, tmp_path_factory):
-    """The twelve episodes of `dataset` without their frames."""
-    folder = tmp_path_factory.mktemp("recording") / "r"
-    assert collect(folder, starpilot, "--num-episodes", "12", "--no-frames").returncode == 0
-    return folder
-
-
-@pytest.fixture(scope="module")
-def dataset(starpilot, tmp_path_factory):
-    """Twelve episodes of starpilot from four games."""
-    folder = tmp_path_factory.mktemp("dataset") / "starpilot"
-    process = collect(folder, starpilot, "--num-episodes", "12")
-    assert process.returncode == 0, process.stderr
-    return folder
-
-
-def collect(folder, checkpoint, *more, num_envs=4):
-    command = ["--checkpoint", str(checkpoint), "--dataset-saving-dir", str(folder), "--no-cuda"]
-    return run_main(collect_procgen, [*command, "--num-envs", str(num_envs), *more], folder.parent)
 
 
 def verify(folder, *more):
@@ -225,8 +190,14 @@ def contents(folder):
     return {path.name[16:]: path.read_bytes() for path in folder.glob("*/*.npz")}
 
 
-def collect_and_die(monkeypatch, name, call, *arguments):
-    """Collect, but raise Killed at the nth call of `name`, a step of the games or the renaming of a file."""
+def rewrite(folder, index, **changes):
+    path, episode = episodes(folder)[index]
+    np.savez_compressed(path, **{**episode, **changes})
+    return path
+
+
+def die_within(monkeypatch, name, call, play, *arguments):
+    """Call play, but raise Killed at the nth call of `name`, a step of the games or the renaming of a file."""
     owner = ProcgenGym3Env if name == "act" else os
     calls, original = [], getattr(owner, name)
 
@@ -238,7 +209,7 @@ def collect_and_die(monkeypatch, name, call, *arguments):
 
     monkeypatch.setattr(owner, name, counted)
     try:
-        process = collect(*arguments)
+        process = play(*arguments)
     except Killed:
         process = None
     monkeypatch.setattr(owner, name, original)
@@ -255,7 +226,7 @@ def test_a_collection_that_was_killed_again_and_again_ends_like_one_that_was_not
     options = [checkpoint, "--num-episodes", "4", "--save-interval", "0.05", frames]
     assert collect(tmp_path / "whole", *options).returncode == 0
     for name, call in (("act", 1), ("replace", 1), ("act", 60), ("replace", 9), ("act", 150)):
-        if collect_and_die(monkeypatch, name, call, tmp_path / "killed", *options) is None:
+        if die_within(monkeypatch, name, call, collect, tmp_path / "killed", *options) is None:
             assert metadata_or_nothing(tmp_path / "killed").get("complete") is not True
     assert collect(tmp_path / "killed", *options).returncode == 0
     assert metadata(tmp_path / "killed")["episodes_sha256"] == metadata(tmp_path / "whole")["episodes_sha256"]
@@ -290,7 +261,7 @@ def test_a_collection_that_was_stopped_by_any_signal_ends_like_one_that_was_not(
 
 def test_an_unfinished_dataset_is_finished_by_the_command_that_began_it(starpilot, tmp_path, monkeypatch):
     options = [tmp_path / "d", starpilot, "--num-episodes", "9"]
-    assert collect_and_die(monkeypatch, "act", 80, *options) is None
+    assert die_within(monkeypatch, "act", 80, collect, *options) is None
     process = collect(tmp_path / "d", starpilot, "--num-episodes", "20")
     assert process.returncode == 2
     assert_one_line(process.stderr, "was begun with --num-episodes 9, not 20, and is unfinished")
@@ -614,442 +585,6 @@ def test_the_budget_counts_what_was_played_when_a_half_acted_last():
     player.learn(half, 1, [{"game": 0}])  # this half had acted when four were taken
     player.learn(half, 0, [{"game": 1}])
     assert [quota.tolist() for quota in player.quota] == [[9, 0], [8, 9]]
-
-
-# RECORDINGS
-
-
-def render(source, folder, *more):
-    return run_main(
-        collect_procgen, ["--render", str(source), "--dataset-saving-dir", str(folder), *more], folder.parent
-    )
-
-
-def test_a_recording_is_small_and_drawn_gives_the_very_files_of_the_dataset(recording, dataset, tmp_path):
-    assert not list(recording.glob("*/"))
-    steps = metadata(recording)["steps"]
-    assert sum(path.stat().st_size for path in recording.glob("*.npz")) < 6 * steps + 3000  # the headers of two files
-    process = render(recording, tmp_path / "d")
-    assert process.returncode == 0, process.stderr
-    assert f"12 episodes, {steps:,} steps, about " in process.stdout
-    assert contents(tmp_path / "d") == contents(dataset)
-    for key in ("episodes_sha256", "episodes", "return_mean", "checkpoint_sha256", "segments"):
-        assert metadata(tmp_path / "d")[key] == metadata(dataset)[key]
-    assert verify(tmp_path / "d").returncode == 0
-
-
-@pytest.mark.parametrize("env_id", ["dodgeball", "miner"])
-def test_a_recording_of_a_stateful_game_that_was_extended_is_drawn_the_same(env_id, trained, tmp_path):
-    checkpoint = trained(env_id)
-    for number in ("3", "5"):
-        for name, *more in (("direct",), ("recording", "--no-frames")):
-            assert collect(tmp_path / name, checkpoint, "--num-episodes", number, *more).returncode == 0
-    assert render(tmp_path / "recording", tmp_path / "drawn").returncode == 0
-    assert contents(tmp_path / "drawn") == contents(tmp_path / "direct") and len(contents(tmp_path / "drawn")) == 5
-
-
-def test_a_drawing_of_a_recording_that_has_grown_is_not_taken_for_complete(starpilot, tmp_path):
-    assert collect(tmp_path / "r", starpilot, "--num-episodes", "2", "--no-frames").returncode == 0
-    assert render(tmp_path / "r", tmp_path / "d").returncode == 0
-    assert collect(tmp_path / "r", starpilot, "--num-episodes", "3", "--no-frames").returncode == 0
-    process = render(tmp_path / "r", tmp_path / "d")
-    assert process.returncode == 2
-    assert_one_line(process.stderr, "whose rendered_steps is")
-
-
-def test_every_frame_that_is_drawn_is_compared(rollouts, tmp_path):
-    """Also those of a part of a training, and those before and after a stop."""
-    for row in (127, 128, 200):
-        folder = tmp_path / f"r{row}"
-        shutil.copytree(rollouts, folder)
-        path = folder / "0_0_00000000.npz"
-        chunk = dict(np.load(path))
-        chunk["checksums"][row] += 1
-        np.savez_compressed(path, **chunk)
-        process = render(folder, tmp_path / f"d{row}", "--iterations", "1", "1")
-        assert process.returncode == (1 if row < 128 else 0)
-        if row < 128:
-            assert_one_line(process.stderr, "other checksums than the recording has, first at step 127")
-
-
-def test_drawing_that_was_killed_goes_on(recording, dataset, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        sys.modules[__name__], "collect", lambda folder: render(recording, folder, "--save-interval", "0.001")
-    )
-    for name, call in (("act", 300), ("replace", 20), ("act", 500)):
-        assert collect_and_die(monkeypatch, name, call, tmp_path / "d") is None
-    process = render(recording, tmp_path / "d")
-    assert process.returncode == 0, process.stderr
-    assert contents(tmp_path / "d") == contents(dataset)
-    assert "is complete with 12 episodes" in render(recording, tmp_path / "d").stdout
-
-
-@pytest.fixture(scope="module")
-def rollouts(tmp_path_factory):
-    """The recording of five iterations of 128 steps of four games of jumper, begun, killed and resumed."""
-    folder = tmp_path_factory.mktemp("rollouts")
-    sizes = "--env-id jumper --num-envs 4 --num-steps 128 --num-minibatches 2 --update-epochs 1 --num-eval-episodes 1"
-    command = [*sizes.split(), "--log-interval", "2", "--save-dataset", "--no-cuda", "--resume", "--total-timesteps"]
-    for steps in ("1024", "2560"):
-        assert run_main(ppo_procgen, [*command, steps], folder).returncode == 0
-    return next(folder.glob("models/jumper/*/rollouts"))
-
-
-def test_the_recording_of_a_training_is_drawn_in_whole_or_in_part(rollouts, tmp_path):
-    assert render(rollouts, tmp_path / "all").returncode == 0
-    chunks = [dict(np.load(path)) for path in sorted(rollouts.glob("0_0_*.npz"))]
-    actions, dones, rewards, log_probs = (
-        np.concatenate([chunk[name] for chunk in chunks]) for name in ("actions", "dones", "rewards", "log_probs")
-    )
-    assert actions.shape == (640, 4)
-    ends = [(t, game) for t, game in np.argwhere(dones)]
-    found = episodes(tmp_path / "all")
-    assert len(found) == len(ends) > 8
-    begins, numbers = [0] * 4, {}
-    for number, (t, game) in enumerate(ends, 1):
-        for key, array in (("actions", actions), ("rewards", rewards)):
-            assert np.array_equal(found[number][1][key][:, 0], array[begins[game] : t + 1, game])
-        assert np.array_equal(found[number][1]["log_probs"], log_probs[begins[game] : t + 1, game])
-        begins[game] = t + 1
-        numbers.setdefault(t // 128 + 1, []).append(number)
-    assert verify(tmp_path / "all").returncode == 0
-    assert render(rollouts, tmp_path / "part", "--iterations", "2", "3").returncode == 0
-    part = episodes(tmp_path / "part")
-    assert sorted(part) == numbers.get(2, []) + numbers.get(3, [])
-    assert all(part[number][0].read_bytes() == found[number][0].read_bytes() for number in part)
-    assert verify(rollouts).returncode == 0 and verify(tmp_path / "part").returncode == 0
-
-
-@pytest.mark.parametrize("range", [("0", "1"), ("2", "1"), ("1", "6")])
-def test_iterations_that_a_recording_has_not(range, rollouts, tmp_path):
-    process = render(rollouts, tmp_path / "d", "--iterations", *range)
-    assert process.returncode == 2
-    assert_one_line(process.stderr, "--iterations is", "of the 5 of the training")
-    assert not (tmp_path / "d").exists()
-
-
-def test_a_recording_of_the_other_build_is_drawn_on_purpose_only(recording, starpilot, tmp_path):
-    shutil.copytree(recording, tmp_path / "r")
-    found = metadata(recording)
-    found["versions"]["procgen"] = "procgen-from-elsewhere 0.10.7"
-    (tmp_path / "r" / "metadata.json").write_text(json.dumps(found))
-    process = render(tmp_path / "r", tmp_path / "d")
-    assert process.returncode == 2
-    assert_one_line(process.stderr, "procgen-from-elsewhere", "--other-build")
-    process = verify(tmp_path / "r", "--checkpoint", str(starpilot))
-    assert process.returncode == 2
-    assert_one_line(process.stderr, "--checkpoint needs the frames that procgen-from-elsewhere")
-    assert render(tmp_path / "r", tmp_path / "d", "--other-build").returncode == 0
-    assert metadata(tmp_path / "d")["versions"]["procgen"].startswith("procgen-mirror") or sys.version_info < (3, 11)
-
-
-def change_chunk(folder, **changes):
-    path = folder / "0_1_00000000.npz"
-    chunk = dict(np.load(path))
-    for key, change in changes.items():
-        chunk[key] = change(chunk[key])
-    np.savez_compressed(path, **chunk)
-
-
-def add_one_at(row):
-    def change(array):
-        array[row] += 1
-        return array
-
-    return change
-
-
-@pytest.mark.parametrize(
-    "spoil, message",
-    [
-        (lambda r: change_chunk(r, rewards=add_one_at(7)), "other rewards than the recording has, first at step 7"),
-        (lambda r: change_chunk(r, checksums=add_one_at(3)), "other checksums than the recording has, first at step 3"),
-        (lambda r: change_chunk(r, actions=lambda x: (x + 1) % 15), "than the recording has"),
-        (lambda r: change_chunk(r, actions=lambda x: x + 20), "0_1_00000000.npz is damaged"),
-        (lambda r: change_chunk(r, log_probs=np.zeros_like), "metadata.json: episodes_sha256"),
-        (lambda r: change_chunk(r, log_probs=lambda x: x * np.nan), "0_1_00000000.npz is damaged"),
-        (lambda r: (r / "0_0_00000000.npz").write_bytes(b"no chunk"), "0_0_00000000.npz is damaged"),
-        (lambda r: (r / "0_0_00000000.npz").unlink(), "has no 0_0_00000000.npz"),
-    ],
-)
-def test_a_spoilt_recording_does_not_verify(spoil, message, recording, tmp_path):
-    shutil.copytree(recording, tmp_path / "r")
-    spoil(tmp_path / "r")
-    process = run_main(collect_procgen, ["--verify", str(tmp_path / "r")], tmp_path)
-    assert process.returncode == 1 and message in process.stdout, process.stdout
-
-
-def test_the_recording_of_a_training_that_lacks_a_chunk_does_not_verify(rollouts, tmp_path):
-    for number, message in (
-        (0, "has no 0_0_00000000.npz"),
-        (1, "lacks the steps between"),
-        (-1, "steps of each game, not"),
-    ):
-        folder = tmp_path / str(number)
-        shutil.copytree(rollouts, folder)
-        sorted(folder.glob("*.npz"))[number].unlink()
-        process = run_main(collect_procgen, ["--verify", str(folder)], tmp_path)
-        assert process.returncode == 1 and message in process.stdout, process.stdout
-
-
-def test_a_recording_and_its_log_probs_verify_with_the_checkpoint(recording, starpilot, tmp_path):
-    options = ["--checkpoint", str(starpilot), "--verify"]
-    process = run_main(collect_procgen, [*options, str(recording)], tmp_path)
-    assert process.returncode == 0 and "12 episodes checked, 0 failed" in process.stdout, process.stdout
-    shutil.copytree(recording, tmp_path / "r")
-    change_chunk(tmp_path / "r", log_probs=lambda x: x - 0.01)
-    process = run_main(collect_procgen, [*options, str(tmp_path / "r")], tmp_path)
-    assert process.returncode == 1 and "from those of the checkpoint's network" in process.stdout
-
-
-def test_a_recording_and_a_dataset_do_not_share_a_folder(recording, dataset, starpilot):
-    for folder, option in ((recording, "--frames"), (dataset, "--no-frames")):
-        process = collect(folder, starpilot, "--num-episodes", "12", option)
-        assert process.returncode == 2
-        assert_one_line(process.stderr, "whose kind is")
-
-
-def test_a_packed_file_is_what_numpy_writes():
-    arrays = {"a": np.arange(12, dtype=np.uint8).reshape(3, 4), "b": np.array(True), "c": np.zeros((0, 2), np.float32)}
-    packed, plain = io.BytesIO(collect_procgen.to_npz(arrays)), io.BytesIO()
-    np.savez_compressed(plain, **arrays)
-    with zipfile.ZipFile(packed) as ours, zipfile.ZipFile(plain) as numpys:
-        assert ours.testzip() is None and ours.namelist() == numpys.namelist()
-        for one, other in zip(ours.infolist(), numpys.infolist()):
-            assert (one.CRC, one.file_size, one.compress_type) == (other.CRC, other.file_size, other.compress_type)
-            assert ours.read(one) == numpys.read(other)
-    packed.seek(0)
-    with np.load(packed, allow_pickle=False) as file:
-        assert all(np.array_equal(file[key], array) for key, array in arrays.items())
-
-
-def test_memory_is_taken_as_far_as_episodes_reach(starpilot, tmp_path):
-    """A thousand games of bigfish, whose episodes may take 6,000 steps, are 75 GB of frames."""
-    levels = {"env_id": "bigfish", "distribution_mode": "easy", "start_level": 0, "num_levels": 200}
-    half = collect_procgen.Half({"seed": 0, "num_envs": 1024}, levels, keep_frames=True)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    for _ in range(3):
-        half.act(np.zeros(1024, np.uint8), np.zeros(1024, np.float32))
-        half.receive()
-    assert sum(map(len, half.frames)) <= 3 * 1024
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 400_000  # KB
-    half.games.close()
-
-
-@pytest.mark.parametrize("cores, threads, expected", [(8, "", 8), (8, "3", 3), (2, "16", 2), (4, "nonsense", 4)])
-def test_the_cores_that_a_process_may_use(cores, threads, expected, monkeypatch):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
-    monkeypatch.setenv("OMP_NUM_THREADS", threads)
-    assert collect_procgen.usable_cores() == expected
-
-
-# VIDEOS
-
-
-@pytest.mark.parametrize("source", ["checkpoint", "dataset", "recording", "render"])
-def test_a_video_shows_episodes_side_by_side(source, starpilot, dataset, recording, tmp_path):
-    path = tmp_path / "v.mp4"
-    options = {
-        "checkpoint": ["--checkpoint", str(starpilot), *"--no-save-dataset --num-episodes 4 --num-envs 4".split()],
-        "dataset": ["--verify", str(dataset)],
-        "recording": ["--verify", str(recording)],
-        "render": ["--render", str(recording), "--dataset-saving-dir", str(tmp_path / "d")],
-    }[source]
-    process = run_main(collect_procgen, [*options, "--video", "4", "--video-path", str(path), "--no-cuda"], tmp_path)
-    assert process.returncode == 0, process.stderr
-    with av.open(str(path)) as file:
-        frames = [frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)]
-    assert frames[0].shape == (2 * (256 + 14), 2 * 256, 3)
-    if source != "checkpoint":
-        shown = [episode for _, episode in list(episodes(dataset).values())[:4]]
-        assert len(frames) == max(len(episode["dones"]) for episode in shown) + 15
-        small = frames[0][14 : 14 + 256].reshape(64, 4, 2, 64, 4, 3).mean(axis=(1, 4)).swapaxes(0, 1)  # halves to 64x64
-        for picture, episode in zip(small, shown):
-            difference = picture - episode["observations"][0].transpose(1, 2, 0)
-            assert np.abs(difference).mean() < 20  # the large rendering is not the small one enlarged
-
-
-def test_a_moving_picture_for_a_web_page(dataset, tmp_path):
-    options = ["--verify", str(dataset), "--video", "1", "--video-path", str(tmp_path / "v.gif")]
-    assert run_main(collect_procgen, options, tmp_path).returncode == 0
-    with Image.open(tmp_path / "v.gif") as picture:
-        assert picture.size == (128, 128 + 14) and picture.n_frames > 10 and picture.info["loop"] == 0
-
-
-# VERIFY
-
-
-def rewrite(folder, index, **changes):
-    path, episode = episodes(folder)[index]
-    np.savez_compressed(path, **{**episode, **changes})
-    return path
-
-
-def flip_a_bit(folder):
-    path, episode = episodes(folder)[3]
-    frames = episode["observations"]
-    frames[2, 1, 30, 30] ^= 1
-    return rewrite(folder, 3, observations=frames), "other observations, first at step 2"
-
-
-def change_an_action(folder):
-    actions = episodes(folder)[4][1]["actions"]
-    actions[5:10] = (actions[5:10] + 7) % 15
-    return rewrite(folder, 4, actions=actions), "replay"
-
-
-def change_a_reward(folder):
-    rewards = episodes(folder)[5][1]["rewards"]
-    rewards[0], rewards[1] = rewards[0] + 1, rewards[1] - 1
-    return rewrite(folder, 5, rewards=rewards), "other rewards, first at step 0"
-
-
-def rename(folder):
-    path = episodes(folder)[6][0]
-    new = path.with_name(re.sub(r"_(\d+)_(-?\d+\.\d\d)\.npz", r"_\g<1>_99.00.npz", path.name))
-    return path.rename(new), "name"
-
-
-def truncate(folder):
-    path = episodes(folder)[7][0]
-    path.write_bytes(path.read_bytes()[:-100])
-    return path, "damaged"
-
-
-def drop_a_key(folder):
-    path, episode = episodes(folder)[8]
-    del episode["log_probs"]
-    np.savez_compressed(path, **episode)
-    return path, "log_probs"
-
-
-def test_a_whole_dataset_is_verified_and_every_fault_is_found(dataset, tmp_path):
-    process = verify(dataset)
-    assert process.returncode == 0 and "12 episodes checked, 0 failed" in process.stdout, (
-        process.stdout + process.stderr
-    )
-    folder = tmp_path / "d"
-    shutil.copytree(dataset, folder)
-    faults = [spoil(folder) for spoil in (flip_a_bit, change_an_action, change_a_reward, rename, drop_a_key, truncate)]
-    process = verify(folder)
-    assert process.returncode == 1
-    for path, reason in faults:
-        (line,) = [line for line in process.stdout.splitlines() if path.name in line]
-        assert reason in line
-    assert "12 episodes checked, 6 failed" in process.stdout
-
-
-def test_a_missing_episode_is_noticed(dataset, tmp_path):
-    shutil.copytree(dataset, tmp_path / "d")
-    episodes(tmp_path / "d")[2][0].unlink()
-    process = verify(tmp_path / "d")
-    assert process.returncode == 1 and "11" in process.stdout
-
-
-def test_a_deleted_episode_and_a_copy_in_its_place_are_noticed(dataset, tmp_path):
-    shutil.copytree(dataset, tmp_path / "d")
-    (path, _), (other, _) = episodes(tmp_path / "d")[2], episodes(tmp_path / "d")[5]
-    path.unlink()
-    shutil.copy(other, other.with_name(re.sub(r"_5_", "_13_", other.name, count=1)))
-    process = verify(tmp_path / "d")
-    assert process.returncode == 1 and "episode 2 is missing" in process.stdout
-    other.with_name(re.sub(r"_5_", "_13_", other.name, count=1)).rename(re.sub(r"_5_", "_2_", str(other), count=1))
-    process = verify(tmp_path / "d")
-    assert process.returncode == 1 and "metadata.json: episodes_sha256 is" in process.stdout
-
-
-@pytest.mark.parametrize("key", ["return_mean", "steps", "return_max"])
-def test_changed_metadata_are_noticed(key, dataset, tmp_path):
-    shutil.copytree(dataset, tmp_path / "d")
-    found = metadata(tmp_path / "d")
-    (tmp_path / "d" / "metadata.json").write_text(json.dumps({**found, key: found[key] + 1}))
-    process = verify(tmp_path / "d")
-    assert process.returncode == 1 and f"metadata.json: {key} is {found[key] + 1}" in process.stdout
-
-
-@pytest.mark.parametrize(
-    "change",
-    [{"env_id": "starpilo"}, {"distribution_mode": "memory"}, {"episodes": None}, {"segments": [{}]}, {"args": 1}],
-)
-def test_metadata_that_no_script_writes_are_one_line(change, dataset, tmp_path):
-    shutil.copytree(dataset, tmp_path / "d")
-    found = {key: value for key, value in {**metadata(dataset), **change}.items() if value is not None}
-    (tmp_path / "d" / "metadata.json").write_text(json.dumps(found))
-    process = verify(tmp_path / "d")
-    assert process.returncode == 1
-    assert_one_line(process.stderr, "metadata.json cannot be read")
-
-
-def test_a_dataset_without_its_episodes_does_not_verify(dataset, tmp_path):
-    shutil.copytree(dataset, tmp_path / "d")
-    for path in (tmp_path / "d").glob("*/*.npz"):
-        path.unlink()
-    process = verify(tmp_path / "d")
-    assert process.returncode == 1 and "episodes is 12 there, 0 by what was played" in process.stdout, process.stderr
-
-
-def test_a_users_folder_is_left_as_it_is(starpilot, tmp_path):
-    (tmp_path / "home").mkdir()
-    for name in (".notes.tmp", "x.npz"):
-        (tmp_path / "home" / name).write_text("mine")
-    process = collect(tmp_path / "home", starpilot)
-    assert process.returncode == 2
-    assert sorted(path.name for path in (tmp_path / "home").iterdir()) == [".notes.tmp", "x.npz"]
-
-
-def test_only_the_culprit_fails_if_a_state_makes_procgen_give_up(miner, tmp_path):
-    assert collect(tmp_path / "d", miner, "--num-episodes", "4").returncode == 0
-    state = episodes(tmp_path / "d")[3][1]["initial_state"]
-    path = rewrite(tmp_path / "d", 3, initial_state=state[: len(state) // 2])
-    process = verify(tmp_path / "d")
-    assert process.returncode == 1 and "4 episodes checked, 1 failed" in process.stdout, process.stdout
-    assert f"{path}: the replay makes Procgen end its process" in process.stdout
-
-
-def test_ctrl_c_ends_a_verification_in_a_line(dataset):
-    command = [*SCRIPT, "--verify", str(dataset)]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
-    wait_for(lambda: threads_have_children(process.pid), process)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the workers, too
-    stdout, stderr = process.communicate(timeout=60)
-    assert process.returncode == 75 and "stopped by SIGINT" in stdout and "Traceback" not in stderr, stderr
-
-
-def threads_have_children(pid):
-    return any(path.read_text().strip() for path in Path(f"/proc/{pid}/task").glob("*/children"))
-
-
-def test_an_episode_that_is_there_twice_is_noticed(dataset, tmp_path):
-    shutil.copytree(dataset, tmp_path / "d")
-    path = episodes(tmp_path / "d")[2][0]
-    shutil.copy(path, path.with_name("19990101T000000" + path.name[15:]))
-    process = verify(tmp_path / "d")
-    assert process.returncode == 1 and "same index" in process.stdout
-
-
-def test_another_build_of_procgen_is_reported_as_such(dataset, tmp_path):
-    folder = tmp_path / "d"
-    shutil.copytree(dataset, folder)
-    found = metadata(folder)
-    found["versions"]["procgen"] = "procgen-from-elsewhere 0.10.7"
-    (folder / "metadata.json").write_text(json.dumps(found))
-    flip_a_bit(folder)
-    process = verify(folder)
-    assert process.returncode == 0 and "procgen-from-elsewhere" in process.stdout
-    change_an_action(folder)
-    change_a_reward(folder)
-    assert verify(folder).returncode == 1
-
-
-@pytest.mark.parametrize("env_id", ["dodgeball", "miner"])
-def test_games_whose_seed_is_not_enough_store_their_initial_state(env_id, trained, tmp_path):
-    assert collect(tmp_path / "d", trained(env_id), "--num-episodes", "6").returncode == 0
-    for _, episode in episodes(tmp_path / "d").values():
-        assert episode["initial_state"].dtype == np.uint8 and len(episode["initial_state"]) > 1000
-    process = verify(tmp_path / "d")
-    assert process.returncode == 0, process.stdout
 
 
 # BAD INPUT

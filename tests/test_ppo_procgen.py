@@ -42,13 +42,12 @@ XPID = "bossfight-easy-200-ppo-lr0.0005-epoch1-mb2-v0.5-ha0.01-num_envs4-num_ste
 # Six iterations of 64 steps. Saved after 2, 4 and 6; archived after 1, 2, 3, 4 and 6. Episodes of bossfight are short.
 SMALL = "--env-id bossfight --num-envs 4 --num-steps 16 --num-minibatches 2 --update-epochs 1 --no-cuda".split()
 SMALL += "--total-timesteps 384 --log-interval 2 --archive-interval 3 --num-eval-episodes 2".split()
-ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}  # as in the process of the tests
 
 
 def launch(folder, *more):
     """Run the script in folder, in a process of its own; return the finished process."""
     command = [*SCRIPT, *SMALL, *more]
-    return subprocess.run(command, cwd=folder, env=ONE_THREAD, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
 
 
 def train(folder, *more):
@@ -537,7 +536,7 @@ def test_a_terminal_gets_a_bar(tmp_path):
     master, slave = pty.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 140, 0, 0))
     short = ("--total-timesteps", "128", "--archive-interval", "100")
-    process = subprocess.Popen([*SCRIPT, *SMALL, *short], cwd=tmp_path, env=ONE_THREAD, stdout=slave, stderr=slave)
+    process = subprocess.Popen([*SCRIPT, *SMALL, *short], cwd=tmp_path, stdout=slave, stderr=slave)
     os.close(slave)
     shown = b""
     try:
@@ -650,7 +649,7 @@ def test_a_signal_saves_and_exits_75(uninterrupted, tmp_path):
         folder = tmp_path / signum.name
         folder.mkdir()
         command = [*SCRIPT, *SMALL, "--resume", "--log-interval", "100"]  # so that only the signal saves
-        process = subprocess.Popen(command, cwd=folder, env=ONE_THREAD, stdout=subprocess.PIPE, text=True)
+        process = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True)
         wait_for((run_dir(folder) / "progress.csv").exists, process)
         process.send_signal(signum)
         return folder, signum, process.communicate(timeout=60)[0], process.returncode
@@ -752,7 +751,7 @@ def test_a_lost_rolling_checkpoint_is_an_error(uninterrupted, tmp_path):
 
 def test_a_second_process_on_the_same_run_fails(tmp_path, monkeypatch):
     endless = ("--total-timesteps", "1000000")
-    first = subprocess.Popen([*SCRIPT, *SMALL, *endless], cwd=tmp_path, env=ONE_THREAD, stdout=subprocess.DEVNULL)
+    first = subprocess.Popen([*SCRIPT, *SMALL, *endless], cwd=tmp_path, stdout=subprocess.DEVNULL)
     try:
         wait_for((run_dir(tmp_path) / "rolling" / "model.pt").exists, first)
         second = train(tmp_path, "--resume", *endless)
@@ -836,7 +835,7 @@ def test_weights_that_the_last_step_ruined_are_noticed(tmp_path):
 
 def test_a_reader_that_has_gone_is_not_a_full_disk(tmp_path):
     command = " ".join([*SCRIPT, *SMALL, "--log-interval", "1", "| head -1"])
-    process = subprocess.run(command, shell=True, cwd=tmp_path, env=ONE_THREAD, capture_output=True, text=True)
+    process = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True)
     assert_one_line(process.stderr, "whoever read the output has gone", "--resume")
     assert load(run_dir(tmp_path) / "rolling" / "model.pt")["iteration"] >= 0
 
@@ -1232,4 +1231,3 @@ def test_a_gpu_gets_chunks_that_its_free_memory_holds(monkeypatch):
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (int(free), 10**11))
         assert ppo_procgen.frames_per_backward(torch.device("cuda")) == frames
         assert frames * 1.2e6 < free  # measured: 8,192 frames take some 10 GB
-    assert ppo_procgen.frames_per_backward(torch.device("cpu")) == 256
