@@ -1,6 +1,6 @@
 """Measures how fast the scripts are on the machine at hand, and how fast they could be. Prints a Markdown table.
 
-    python tests/benchmark.py                               # 17 minutes on two cores
+    python tests/benchmark.py                               # 20 minutes on two cores
     python tests/benchmark.py --device cuda --json h200.json
 
 Nothing else should run beside it. Every measurement is a process of its own, as malloc's settings and the peak memory
@@ -414,51 +414,50 @@ def main():
     if on_gpu:  # the phases were told apart by waiting for the device at each of their ends
         iteration = batch_size / statistics.median(own) + costs["evaluation"] + costs["files"]
     speed = batch_size / iteration
-    row("training, all defaults", speed, f"{speed:,.0f} steps/s")
-    for name, seconds in costs.items():
-        row(f"- {name}", seconds / sum(costs.values()), f"{100 * seconds / sum(costs.values()):.1f} %")
-    row("the games alone", limit["environment"], f"{limit['environment']:,.0f} steps/s")
-    for name in ("float32", "TF32", "bf16"):
-        if name in limit:
-            row(f"matrix product, {name}", limit[name], f"{limit[name] / 1e9:,.0f} GFLOP/s")
+
+    def several(values, unit="steps/s"):
+        return ", ".join(f"{name}: {value:,.0f}" for name, value in sorted(values.items())) + f" {unit}"
+
+    figures["costs"] = costs
+    shares = sorted(((seconds / sum(costs.values()), name) for name, seconds in costs.items()), reverse=True)
+    reached = speed * floor, batch_size / costs["update"] * update_floor
     flops = limit["forward_flops"] + limit["epochs"] * limit["update_flops"]
-    row("arithmetic of a training step", flops, f"{flops / 1e6:.0f} MFLOP")
-    row("training, limit by games and matrix rate", 1 / floor, f"{1 / floor:,.0f} steps/s")
-    row("- share that is reached", speed * floor, f"{100 * speed * floor:.0f} %")
-    update_speed = batch_size / costs["update"]
-    row("- share of the update alone", update_speed * update_floor, f"{100 * update_speed * update_floor:.0f} %")
-    length = f"{num_steps} steps a rollout"
-    row(f"plain loop, {length}", statistics.median(other), f"{statistics.median(other):,.0f} steps/s")
+    rates = {name: limit[name] / 1e9 for name in ("float32", "TF32", "bf16") if name in limit}
     ratio = statistics.median(own) / statistics.median(other)
+    state_cost = measured["state kept in memory"] + measured["files"]
+    log_cost = recorded["recording"] / sum(recorded[name] for name in names if name in recorded)
+    recording = statistics.median(speeds["a recording"])
+    verifying = metadata["steps"] / verify_seconds
+    row("training, all defaults", speed, f"{speed:,.0f} steps/s")
+    row("- where the time goes", None, ", ".join(f"{name} {100 * share:.1f} %" for share, name in shares))
+    row("- limit by games and matrix rate", 1 / floor, f"{1 / floor:,.0f} steps/s")
+    row("- share of it reached", reached, f"{100 * reached[0]:.0f} %; by the update alone {100 * reached[1]:.0f} %")
+    row("the games alone", limit["environment"], f"{limit['environment']:,.0f} steps/s")
+    row("matrix product", rates, several(rates, "GFLOP/s"))
+    row("arithmetic of a training step", flops, f"{flops / 1e6:.0f} MFLOP")
     row(
-        f"the script in turn with it, {length}",
-        statistics.median(own),
-        f"{statistics.median(own):,.0f} steps/s, {ratio:.2f} x",
+        f"a plain loop and the script in turn, {num_steps} steps a rollout",
+        (other, own),
+        f"{statistics.median(other):,.0f} and {statistics.median(own):,.0f} steps/s, {ratio:.2f} x",
     )
-    figures["ratio"] = ratio
-    for num_envs, value in sorted(by_games.items()):
-        row(f"training, games: {num_envs}", value, f"{value:,.0f} steps/s")
-    for threads, value in by_threads.items():
-        row(f"training, threads: {threads}", value, f"{value:,.0f} steps/s")
+    row("training by the number of games", by_games, several(by_games))
+    row("training by the number of threads", by_threads, several(by_threads))
     row("memory of training", peak, f"{peak / 1e9:.2f} GB, {(peak - baseline) / 1e9:.2f} above importing PyTorch")
     if on_gpu:
         row("GPU memory of training", phase["gpu_peak"], f"{phase['gpu_peak'] / 1e9:.2f} GB")
-    row("start of training", phase["startup"], f"{phase['startup']:.1f} s")
-    row("start of a resumed training", resumed["startup"], f"{resumed['startup']:.1f} s")
-    state_cost = measured["state kept in memory"] + measured["files"]
+    starts = phase["startup"], resumed["startup"]
+    row("start of training, and of a resumed one", starts, f"{starts[0]:.1f} s, {starts[1]:.1f} s")
     row("a rolling checkpoint", state_cost, f"{state_cost:.2f} s")
     row("an evaluation of 10 episodes, and its checkpoint", measured["evaluation"], f"{measured['evaluation']:.1f} s")
-    log_cost = recorded["recording"] / sum(recorded[name] for name in names if name in recorded)
-    row("recording a training", log_size, f"{100 * log_cost:.2f} % of its time, {log_size:.2f} bytes a step")
-    row("collecting", collecting, f"{collecting:,.0f} steps/s, {size:,.0f} bytes a step")
-    row("- share of the games alone", collecting * games_floor, f"{100 * collecting * games_floor:.0f} %")
-    row("- without saving", evaluating, f"{evaluating:,.0f} steps/s")
-    recording = statistics.median(speeds["a recording"])
-    row("- without frames", recording, f"{recording:,.0f} steps/s, {recording_size:.2f} bytes a step")
-    row("memory of collecting", peaks["frames"], f"{peaks['frames'] / 1e9:.2f} GB")
+    text = f"{100 * log_cost:.2f} % of its time, {log_size:.2f} bytes a step"
+    row("recording a training", (log_cost, log_size), text)
+    text = f"{collecting:,.0f} steps/s, {size:,.0f} bytes a step, {peaks['frames'] / 1e9:.2f} GB of memory"
+    row("collecting", (collecting, size, peaks["frames"]), text)
+    text = f"{recording:,.0f} steps/s, {recording_size:.2f} bytes a step"
+    row("collecting without frames", (recording, recording_size), text)
+    row("evaluating", evaluating, f"{evaluating:,.0f} steps/s")
     row("drawing a recording", drawing_speed, f"{drawing_speed:,.0f} steps/s")
-    verify_speed = metadata["steps"] / verify_seconds
-    row("verifying, start included", verify_speed, f"{verify_speed:,.0f} steps/s")
+    row("verifying, start included", verifying, f"{verifying:,.0f} steps/s")
     row("100,000 commands of a sweep", sweep_seconds, f"{sweep_seconds:.1f} s")
     say("done")
 
