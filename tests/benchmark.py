@@ -371,7 +371,7 @@ def main():
     by_threads[cores] = statistics.median(own)
 
     (checkpoint,) = folder.glob("models/*/*/final/*.pt")
-    steps = "500000" if on_gpu else "50000"
+    steps = "500000" if on_gpu else "30000"
     collect = [sys.executable, collector, "--checkpoint", checkpoint, flags[-1], "--total-timesteps", steps]
     forms = {"frames": [], "a recording": ["--no-frames"], "nothing": ["--no-save-dataset"]}
     speeds, peaks = {form: [] for form in forms}, {}
@@ -430,11 +430,10 @@ def main():
     verifying = metadata["steps"] / verify_seconds
     row("training, all defaults", speed, f"{speed:,.0f} steps/s")
     row("- where the time goes", None, ", ".join(f"{name} {100 * share:.1f} %" for share, name in shares))
-    row("- limit by games and matrix rate", 1 / floor, f"{1 / floor:,.0f} steps/s")
-    row("- share of it reached", reached, f"{100 * reached[0]:.0f} %; by the update alone {100 * reached[1]:.0f} %")
-    row("the games alone", limit["environment"], f"{limit['environment']:,.0f} steps/s")
-    row("matrix product", rates, several(rates, "GFLOP/s"))
-    row("arithmetic of a training step", flops, f"{flops / 1e6:.0f} MFLOP")
+    text = f"{1 / floor:,.0f} steps/s; reached {100 * reached[0]:.0f} %, by the update alone {100 * reached[1]:.0f} %"
+    row("- limit by games and matrix rate", (1 / floor, *reached), text)
+    text = f"{limit['environment']:,.0f} steps/s; {several(rates, 'GFLOP/s')}; {flops / 1e6:.0f} MFLOP a training step"
+    row("games alone; matrix product", (limit["environment"], rates, flops), text)
     row(
         f"a plain loop and the script in turn, {num_steps} steps a rollout",
         (other, own),
@@ -445,19 +444,18 @@ def main():
     row("memory of training", peak, f"{peak / 1e9:.2f} GB, {(peak - baseline) / 1e9:.2f} above importing PyTorch")
     if on_gpu:
         row("GPU memory of training", phase["gpu_peak"], f"{phase['gpu_peak'] / 1e9:.2f} GB")
-    starts = phase["startup"], resumed["startup"]
-    row("start of training, and of a resumed one", starts, f"{starts[0]:.1f} s, {starts[1]:.1f} s")
-    row("a rolling checkpoint", state_cost, f"{state_cost:.2f} s")
-    row("an evaluation of 10 episodes, and its checkpoint", measured["evaluation"], f"{measured['evaluation']:.1f} s")
+    text = f"{phase['startup']:.1f} s; resumed {resumed['startup']:.1f} s"
+    row("start of training", (phase["startup"], resumed["startup"]), text)
+    text = f"{state_cost:.2f} s; with an evaluation of 10 episodes {measured['evaluation']:.1f} s"
+    row("a checkpoint", (state_cost, measured["evaluation"]), text)
     text = f"{100 * log_cost:.2f} % of its time, {log_size:.2f} bytes a step"
     row("recording a training", (log_cost, log_size), text)
     text = f"{collecting:,.0f} steps/s, {size:,.0f} bytes a step, {peaks['frames'] / 1e9:.2f} GB of memory"
     row("collecting", (collecting, size, peaks["frames"]), text)
-    text = f"{recording:,.0f} steps/s, {recording_size:.2f} bytes a step"
-    row("collecting without frames", (recording, recording_size), text)
-    row("evaluating", evaluating, f"{evaluating:,.0f} steps/s")
-    row("drawing a recording", drawing_speed, f"{drawing_speed:,.0f} steps/s")
-    row("verifying, start included", verifying, f"{verifying:,.0f} steps/s")
+    text = f"{recording:,.0f} steps/s, {recording_size:.2f} bytes a step; {evaluating:,.0f} steps/s"
+    row("collecting without frames; evaluating", (recording, recording_size, evaluating), text)
+    text = f"{drawing_speed:,.0f} steps/s; {verifying:,.0f} steps/s"
+    row("drawing a recording; verifying a dataset, start included", (drawing_speed, verifying), text)
     row("100,000 commands of a sweep", sweep_seconds, f"{sweep_seconds:.1f} s")
     say("done")
 
