@@ -636,6 +636,7 @@ def plot(runs: list, output: Path) -> None:
             total = max(run.settings["total_timesteps"] for run in runs if run.settings["env_id"] == env_id)
             axes.set(title=env_id, xlim=(0, total / 1e6), ylabel="" if i % columns else "episode return")
             axes.set_xlabel("environment steps (millions)" if i + columns >= len(panels) else "")
+            axes.locator_params(axis="x", nbins=4)
             axes.grid(alpha=0.3)
         several = any(len(seeds) > 1 for methods in panels.values() for seeds in methods.values())
         legend = {"loc": "upper center", "bbox_to_anchor": (0.5, 0), "frameon": False}
@@ -668,6 +669,7 @@ def run_local(args: Args, runs: list) -> int:
         signal.signal(signum, lambda signum, _: signals.append(signum))
     form = "{percentage:.1f} %|{bar}| {n:.2f} of {total} runs [{elapsed}<{remaining}]{postfix}"
     bar, passed_on = tqdm(total=len(runs), bar_format=form, disable=None), 0
+    print(f"{len(runs)} runs, {min(args.workers, len(runs))} at a time; logs in {folder}/", flush=True)
     while active or (waiting and not signals):
         for worker in range(args.workers):
             if worker in active or not waiting or signals:
@@ -693,14 +695,16 @@ def run_local(args: Args, runs: list) -> int:
                 ended["done" if code == 0 else "stopped" if stopped else "failed"] += 1
                 if code and not stopped:
                     tqdm.write(f"{run.name} failed with exit code {code}: {last_words(folder / f'{run.name}.log')}")
-                    sys.stdout.flush()
+                elif bar.disable:
+                    print(f"{run.name} is {'stopped' if code else 'done'}, {ended.total()} of {len(runs)}")
+                sys.stdout.flush()
         if not bar.disable:
             bar.n = ended.total() + sum(progress_of(run).fraction for run, _ in active.values())
             bar.set_postfix({**ended, "running": len(active)})
     bar.close()
     ended["not started"] = len(waiting)
     counts = ", ".join(f"{ended[state]} {state}" for state in ("done", "failed", "stopped", "not started"))
-    print(f"{len(runs)} runs: {counts}; logs in {folder}/")
+    print(f"{len(runs)} runs: {counts}")
     if ended["failed"] and not signals:
         return 1
     return 0 if ended["done"] == len(runs) else EXIT_STOPPED

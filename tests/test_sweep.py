@@ -559,7 +559,9 @@ def test_a_sweep_that_runs_here_is_stopped_and_goes_on_and_status_follows_it(tmp
     assert table["env_id=starpilot"]["running"] == "1"
     assert not commands(tmp_path, *options, "--only-missing")  # what is running is not to be started again
     process.send_signal(signal.SIGTERM)
-    assert "2 runs: 0 done, 0 failed, 2 stopped, 0 not started; logs in logs/my_grid/" in process.communicate()[0]
+    first, *each, last = process.communicate()[0].splitlines()
+    assert first == "2 runs, 2 at a time; logs in logs/my_grid/" and last.endswith("2 stopped, 0 not started")
+    assert sorted(line.split(" is ")[1] for line in each) == ["stopped, 1 of 2", "stopped, 2 of 2"]
     assert process.returncode == 75
     _, summary, _ = rows(tmp_path, *options)
     assert "0 done" in summary and "2 stopped" in summary
@@ -641,7 +643,8 @@ def test_runs_here_share_cores_and_gpus_and_a_failure_is_named_with_its_log(tmp_
     output = process.communicate()[0]
     assert process.returncode == 1
     assert "my_grid_3 failed with exit code 5: logs/here/my_grid_3.log: a last word 2" in output
-    assert output.splitlines()[-1] == "6 runs: 5 done, 1 failed, 0 stopped, 0 not started; logs in logs/here/"
+    assert output.splitlines()[-1] == "6 runs: 5 done, 1 failed, 0 stopped, 0 not started"
+    assert len(re.findall(r"^my_grid_[124567] is done, \d of 6$", output, re.MULTILINE)) == 5
     noted = sorted(line.split() for line in (tmp_path / "noted.txt").read_text().splitlines())
     threads = str(max(1, len(os.sched_getaffinity(0)) // 2))
     assert [words[:2] for words in noted] == [[str(number), threads] for number in range(6)]
