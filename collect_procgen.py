@@ -6,7 +6,7 @@
     python collect_procgen.py --checkpoint x.pt --no-frames                         # a recording: a few bytes a step
     python collect_procgen.py --render RECORDING --dataset-saving-dir OUT           # draws it: the same dataset
     python collect_procgen.py --verify DIR                                          # replays a dataset or a recording
-    python collect_procgen.py --checkpoint x.pt --no-save-dataset --video 9         # or with --render, or with --verify
+    python collect_procgen.py --checkpoint x.pt --no-save-dataset --num-episodes 9 --video 9    # or --render, --verify
     python collect_procgen.py --checkpoint y.pt --agent-from my_procgen.py          # the checkpoint of a fork
 
 Exit codes: 0 done, 1 failed, 2 bad arguments, 75 stopped by a signal with everything saved.
@@ -83,7 +83,7 @@ class Args:
 
     # no episode is started after so many environment steps; those under way are finished
     total_timesteps: int = 1_000_000
-    num_episodes: int | None = None  # or exactly so many episodes, the same number in each of the parallel games
+    num_episodes: int | None = None  # or exactly so many episodes, spread evenly over the parallel games
     num_envs: int = 64  # number of parallel games
     capacity: int | None = None  # no effect, as memory follows the episodes; an error if below the game's time limit
     save_dataset: bool = True  # write the episodes; without, this is an evaluation
@@ -1139,6 +1139,8 @@ class Shown:
 def report(dataset: Dataset) -> None:
     """Print what was played, and draw the video if one is wanted."""
     if dataset.summary:
+        if dataset.before["episodes"]:
+            print(f"{dataset.folder} had {dataset.before['episodes']} episodes; these are new:")
         print_summary(dataset.levels, dataset.summary, dataset.shown.speed())
     if dataset.films:
         draw_video(
@@ -1227,7 +1229,7 @@ def contact_sheet(folder: Path, num_episodes: int) -> None:
 def draw_video(path: Path, episodes: list, levels: dict) -> None:
     """Replay episodes side by side in a grid, in Procgen's own large rendering; each halts at its last frame."""
     columns = math.ceil(math.sqrt(len(episodes)))
-    rows, strip = math.ceil(len(episodes) / columns), 14
+    rows, strip = math.ceil(len(episodes) / columns), 26
     size = 256 if columns < 4 and path.suffix == ".mp4" else 128
     limit = time_limit(levels["env_id"], levels["distribution_mode"])
 
@@ -1243,7 +1245,7 @@ def draw_video(path: Path, episodes: list, levels: dict) -> None:
                     continue
                 frame = Image.fromarray(next(game)[0]).resize((size, size), Image.Resampling.BILINEAR)
                 end = "completed" if episode["level_complete"] else "time limit" if length == limit else "ended"
-                caption = f"level {episode['level_seed']}  return {episode['rewards'][: t + 1].sum():.2f}"
+                caption = f"level {episode['level_seed']}\nreturn {episode['rewards'][: t + 1].sum():.2f}"
                 caption += f"  {end}" if t == length - 1 else ""
                 ImageDraw.Draw(sheet).rectangle((*corner, corner[0] + size, corner[1] + strip), "black")
                 ImageDraw.Draw(sheet).text((corner[0] + 2, corner[1] + 1), caption)

@@ -283,7 +283,8 @@ def test_a_complete_dataset_is_left_alone_and_can_be_extended(dataset, starpilot
     process = collect(folder, starpilot, "--num-episodes", "12")
     assert process.returncode == 0 and "is complete" in process.stdout
     assert sorted(path.name for path in folder.rglob("*")) == names
-    assert collect(folder, starpilot, "--num-episodes", "15").returncode == 0
+    process = collect(folder, starpilot, "--num-episodes", "15")
+    assert process.returncode == 0 and "had 12 episodes; these are new:\nepisodes            3, " in process.stdout
     assert sorted(episodes(folder)) == list(range(1, 16)) and len(metadata(folder)["segments"]) == 2
     assert verify(folder).returncode == 0
 

@@ -66,11 +66,18 @@ def test_its_loaders_read_a_dataset_and_a_recording_alike(collected):
     assert len(names["data"]) == 5 and all(
         end[-1] != x["truncations"][-1] for end, x in zip(names["terminals"], names["data"])
     )
-    frames, actions, rewards, dones, _ = (np.concatenate(x) for x in zip(*names["replay"](collected / "recording")))
+    steps = list(names["replay"](collected / "recording"))
+    _, frames, actions, rewards, dones, _ = (np.concatenate(x) for x in zip(*steps))
     assert dones.sum() == 5 and len(actions) == sum(len(x["actions"]) for x in names["data"])
     assert rewards.sum() == pytest.approx(sum(x["rewards"].sum() for x in names["data"]))
     drawn = sorted(frame.transpose(2, 0, 1).tobytes() for frame in frames)
     assert drawn == sorted(frame.tobytes() for x in names["data"] for frame in x["observations"][:-1])
+    played, found = {}, []
+    for games, _, actions, _, dones, _ in steps:
+        for game, action, done in zip(games, actions, dones):
+            played.setdefault(game, []).append(int(action))
+            found += [played.pop(game)] if done else []
+    assert sorted(found) == sorted(x["actions"][:, 0].tolist() for x in names["data"])
 
 
 def test_a_checkpoint_is_loaded_as_it_says(trained):

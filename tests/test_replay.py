@@ -264,11 +264,11 @@ def test_a_video_shows_episodes_side_by_side(source, starpilot, dataset, recordi
     assert process.returncode == 0, process.stderr
     with av.open(str(path)) as file:
         frames = [frame.to_ndarray(format="rgb24") for frame in file.decode(video=0)]
-    assert frames[0].shape == (2 * (256 + 14), 2 * 256, 3)
+    assert frames[0].shape == (2 * (256 + 26), 2 * 256, 3)
     if source != "checkpoint":
         shown = [episode for _, episode in list(episodes(dataset).values())[:4]]
         assert len(frames) == max(len(episode["dones"]) for episode in shown) + 15
-        small = frames[0][14 : 14 + 256].reshape(64, 4, 2, 64, 4, 3).mean(axis=(1, 4)).swapaxes(0, 1)  # halves to 64x64
+        small = frames[0][26 : 26 + 256].reshape(64, 4, 2, 64, 4, 3).mean(axis=(1, 4)).swapaxes(0, 1)  # halves to 64x64
         for picture, episode in zip(small, shown):
             difference = picture - episode["observations"][0].transpose(1, 2, 0)
             assert np.abs(difference).mean() < 20  # the large rendering is not the small one enlarged
@@ -278,7 +278,7 @@ def test_a_moving_picture_for_a_web_page(dataset, tmp_path):
     options = ["--verify", str(dataset), "--video", "1", "--video-path", str(tmp_path / "v.gif")]
     assert run_main(collect_procgen, options, tmp_path).returncode == 0
     with Image.open(tmp_path / "v.gif") as picture:
-        assert picture.size == (128, 128 + 14) and picture.n_frames > 10 and picture.info["loop"] == 0
+        assert picture.size == (128, 128 + 26) and picture.n_frames > 10 and picture.info["loop"] == 0
 
 
 # VERIFY
