@@ -344,9 +344,11 @@ def main():
 
     say("training with --save-dataset")
     recorded_folder = new_folder()
-    recorded, _ = run_child(recorded_folder, "split", args.device, [*options, "--save-dataset"])
+    recorded_steps = (iterations if on_gpu else 2) * batch_size
+    more = ["--total-timesteps", str(recorded_steps), "--save-dataset"]
+    recorded, _ = run_child(recorded_folder, "split", args.device, [*options, *more])
     (rollouts,) = recorded_folder.glob("models/*/*/rollouts")
-    log_size = bytes_in(rollouts.glob("*.npz"), iterations * batch_size)
+    log_size = bytes_in(rollouts.glob("*.npz"), recorded_steps)
 
     say("resuming it")
     options[-1] = str((iterations + 1) * batch_size)
@@ -357,7 +359,7 @@ def main():
     for i in range(3):
         say(f"the script and the plain loop in turn, {i + 1} of 3")
         own.append(train())
-        shape = (num_steps, num_minibatches, 6 if on_gpu else 3)
+        shape = (num_steps, num_minibatches, 6 if on_gpu else 2)
         result, _ = run_child(root, "plain", args.device, args.env_id, *shape)
         other.append(num_steps * 64 / statistics.median(result["seconds"]))
 
