@@ -372,7 +372,7 @@ def main():
         by_threads[threads] = train(threads=threads)
     by_threads[cores] = statistics.median(own)
 
-    (checkpoint,) = folder.glob("models/*/*/final/*.pt")
+    (checkpoint,) = recorded_folder.glob("models/*/*/final/*.pt")  # the other run is being continued
     steps = "500000" if on_gpu else "30000"
     collect = [sys.executable, collector, "--checkpoint", checkpoint, flags[-1], "--total-timesteps", steps]
     forms = {"frames": [], "a recording": ["--no-frames"], "nothing": ["--no-save-dataset"]}
