@@ -537,8 +537,8 @@ def frames_per_backward(device: torch.device) -> int:
     """How many frames go through a backward pass at once: a minibatch's gradient is summed over chunks of so many.
 
     On a CPU 64 and 128 are the fastest of 16 to 256, with AVX2 and AVX-512, on one core and on two, as the activations
-    stay in the cache. On a GPU it is what fits: a frame takes some 1.2 MB, and 2 MB leave room. A power of two, so that a
-    little more or less free memory after a restart does not change the last bits of the sums.
+    stay in the cache. On a GPU it is what fits: a frame takes some 1.2 MB, and 2 MB leave room. A power of two, so that
+    a little more or less free memory after a restart does not change the last bits of the sums.
     """
     if device.type == "cpu":
         return 64
