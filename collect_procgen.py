@@ -228,10 +228,7 @@ class Half:
         """The episode that has just ended in a game."""
         kept = slice(0, self.length[game])
         episode = {name: getattr(self, name)[game, kept].copy() for name in ("actions", "rewards", "log_probs")}
-        episode["level_seed"], episode["level_complete"] = (
-            int(info["prev_level_seed"]),
-            bool(info["prev_level_complete"]),
-        )
+        episode |= {"level_seed": int(info["prev_level_seed"]), "level_complete": bool(info["prev_level_complete"])}
         episode |= {"initial_state": self.initial_states[game], "game": game, "ended_at": self.steps, "frames": None}
         if self.frames is not None:
             episode["frames"], self.frames[game] = self.frames[game], []
@@ -427,9 +424,7 @@ class Replay:
         for row in rows:
             for name in self.compared:
                 if not np.array_equal(row[name], chunk[name][half.steps - 1 - first]):
-                    raise Unfit(
-                        f"the replay gives other {name} than the recording has, first at step {half.steps - 1}", 1
-                    )
+                    raise Unfit(f"the replay gives other {name} than recorded, first at step {half.steps - 1}", 1)
 
     def get_state(self):  # the games know how far they are
         return {}
@@ -514,7 +509,6 @@ ONLY = {  # what goes with a flag that is no collection
     "render": "render dataset_saving_dir iterations other_build save_interval preview video video_path cuda".split(),
     "verify": "verify checkpoint agent_from video video_path cuda".split(),
 }
-SCRIPT_KEYS = ("script", "script_sha256")
 NOTHING = {"episodes": 0, "steps": 0, "episodes_sha256": ""}
 FRAMES_PER_SECOND = 15  # of videos, as when a person plays Procgen
 
@@ -736,16 +730,12 @@ def load_checkpoint(path: Path) -> dict:
         content = path.read_bytes()
         state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises whatever it stumbles over
-        raise Unfit(
-            f"checkpoint {path} is damaged or holds more than plain values ({type(error).__name__})", 1
-        ) from None
+        kind = type(error).__name__
+        raise Unfit(f"checkpoint {path} is damaged or holds more than plain values ({kind})", 1) from None
     try:
         trained, xpid = state["args"], state["xpid"]
-        sound = (
-            state["format"] == 1
-            and trained["env_id"] in ENV_NAMES
-            and all(isinstance(state[key], str) for key in SCRIPT_KEYS)
-        )
+        sound = state["format"] == 1 and trained["env_id"] in ENV_NAMES
+        sound &= all(isinstance(state[key], str) for key in ("script", "script_sha256"))
         sound &= all(type(trained[key]) is int for key in ("num_levels", "start_level", "seed"))
         sound &= xpid not in ("", "..") and xpid == Path(xpid).name and xpid.isprintable()
         sound &= type(state["iteration"]) is int and type(state["global_step"]) is int
@@ -788,10 +778,9 @@ def describe_agent_from(args: Args) -> dict | None:
 
 def agent_sha256(agent: type) -> str:
     """Hash of the source of all networks in the module of the class agent, as the training script takes it."""
-    networks = [
-        x for x in vars(sys.modules[agent.__module__]).values() if inspect.isclass(x) and issubclass(x, nn.Module)
-    ]
-    source = "".join(inspect.getsource(x) for x in networks if x.__module__ == agent.__module__)
+    module = sys.modules[agent.__module__]
+    networks = [x for x in vars(module).values() if inspect.isclass(x) and issubclass(x, nn.Module)]
+    source = "".join(inspect.getsource(x) for x in networks if x.__module__ == module.__name__)
     return hashlib.sha256(source.encode()).hexdigest()
 
 
@@ -800,9 +789,8 @@ def load_agent(args: Args, state: dict, path: Path) -> nn.Module:
     agent_class, source = find_agent(args), args.agent_from or AGENT_OF
     same_network = agent_sha256(agent_class) == state.get("agent_sha256")
     if not same_network or (args.agent_from is None and state["script"] != AGENT_OF):
-        whose = (
-            f"by {state['script']}" if state["script"] != Path(source).name else f"by a {source} with another network"
-        )
+        other_script = state["script"] != Path(source).name
+        whose = f"by {state['script']}" if other_script else f"by a {source} with another network"
         way_out = "--agent-from FILE names the script whose class Agent it needs; its run folder has a copy"
         raise Unfit(f"checkpoint {path} was written {whose}: {way_out}", 2)
     if args.agent_from is not None and describe_agent_from(args)["sha256"] != state["script_sha256"]:
@@ -1143,9 +1131,8 @@ def report(dataset: Dataset) -> None:
             print(f"{dataset.folder} had {dataset.before['episodes']} episodes; these are new:")
         print_summary(dataset.levels, dataset.summary, dataset.shown.speed())
     if dataset.films:
-        draw_video(
-            Path(dataset.args.video_path or (dataset.folder or Path()) / "video.mp4"), dataset.films, dataset.levels
-        )
+        path = Path(dataset.args.video_path or (dataset.folder or Path()) / "video.mp4")
+        draw_video(path, dataset.films, dataset.levels)
 
 
 def print_summary(levels: dict, summary: list, speed: float) -> None:
@@ -1418,9 +1405,8 @@ def verify_recording(args, folder, metadata, agent, compare_frames) -> tuple:
                     print(f"{folder}: it has {halves[0].steps} steps of each game, not {iterations * of_training}")
             if not player.log_prob_error <= tolerance(metadata):
                 failed.append(number)
-                print(
-                    f"{folder}: log_probs are up to {player.log_prob_error:.3g} from those of the checkpoint's network"
-                )
+                error = f"up to {player.log_prob_error:.3g} from those of the checkpoint's network"
+                print(f"{folder}: log_probs are {error}")
             for half in halves:
                 half.games.close()
     return dataset, len(dataset.summary), failed

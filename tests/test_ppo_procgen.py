@@ -236,32 +236,39 @@ def test_the_gradient_summed_over_chunks_is_that_of_the_minibatch(tmp_path, monk
             assert float(chunks[tag]) == pytest.approx(float(whole[tag]), rel=1e-3, abs=1e-6), tag
 
 
-# Three iterations of 160 steps. With seed 1, episodes end within a rollout and in the last step of the second one.
-JUMPER = (
-    "--env-id jumper --seed 1 --num-envs 8 --num-steps 20 --num-minibatches 2 --update-epochs 2 --gamma 0.9".split()
+# Three iterations of 160 steps, with no default that has a part in them. With this seed, episodes end within a rollout
+# and in the last step of the second one.
+DODGEBALL = "--env-id dodgeball --distribution-mode hard --seed 6 --start-level 10 --num-levels 40".split()
+DODGEBALL += "--num-envs 8 --num-steps 20 --total-timesteps 320 --num-minibatches 2 --update-epochs 2".split()
+DODGEBALL += (
+    "--learning-rate 0.001 --gamma 0.9 --gae-lambda 0.8 --clip-coef 0.002 --ent-coef 0.05 --vf-coef 0.7".split()
 )
-JUMPER += "--total-timesteps 320 --num-levels 40 --gae-lambda 0.8 --max-grad-norm 0.05 --ent-coef 0.05".split()
-JUMPER += "--num-eval-episodes 1 --archive-interval 100 --adam-eps 0.001 --no-cuda --save-dataset".split()
+DODGEBALL += (
+    "--max-grad-norm 0.05 --adam-eps 0.001 --hidden-size 64 --num-eval-episodes 1 --archive-interval 100".split()
+)
+DODGEBALL += ["--no-cuda", "--save-dataset"]
 
 
 @pytest.fixture(scope="module")
-def jumper(tmp_path_factory):
+def dodgeball(tmp_path_factory):
     """A folder with two of the three iterations."""
-    folder = tmp_path_factory.mktemp("jumper")
-    process = run_main(ppo_procgen, JUMPER, folder)
+    folder = tmp_path_factory.mktemp("dodgeball")
+    process = run_main(ppo_procgen, DODGEBALL, folder)
     assert process.returncode == 0, process.stderr
     return folder
 
 
-def plain_ppo(num_iterations, num_envs=8, num_steps=20, gamma=0.9, gae_lambda=0.8):
-    """PPO as in the paper: whole minibatches, loops, float64 returns. Yields weights, dones and a variance."""
-    torch.manual_seed(1)
-    agent = Agent(Args())
-    optimizer = torch.optim.Adam(agent.parameters(), lr=5e-4, eps=0.001)
-    games = ProcgenGym3Env(num_envs, "jumper", distribution_mode="easy", start_level=0, num_levels=40, rand_seed=1)
+def plain_ppo(num_iterations, norm_adv=True, clip_vloss=True, num_envs=8, num_steps=20, gamma=0.9, gae_lambda=0.8):
+    """PPO as in the paper: whole minibatches, loops, float64 returns. Yields weights, ends and progress.csv's row."""
+    torch.manual_seed(6)
+    agent = Agent(Args(hidden_size=64))
+    optimizer = torch.optim.Adam(agent.parameters(), lr=0.001, eps=0.001)
+    games = ProcgenGym3Env(num_envs, "dodgeball", distribution_mode="hard", start_level=10, num_levels=40, rand_seed=6)
     discounted, count, mean, var = np.zeros(num_envs), 1e-4, 0.0, 1.0
+    returns_under_way, lengths_under_way = np.zeros(num_envs), np.zeros(num_envs)
+    episodes = []  # (return, length, level_complete)
     for _ in range(num_iterations):
-        frames, actions, log_probs, values, rewards, ends = [], [], [], [], [], []
+        frames, actions, log_probs, values, rewards, ends, losses = [], [], [], [], [], [], []
         for _ in range(num_steps):
             frames.append(torch.from_numpy(games.observe()[1]["rgb"].copy()))
             with torch.no_grad():
@@ -272,6 +279,11 @@ def plain_ppo(num_iterations, num_envs=8, num_steps=20, gamma=0.9, gae_lambda=0.
             values.append(value.double())
             games.act(actions[-1].numpy())
             reward, _, end = games.observe()
+            returns_under_way, lengths_under_way = returns_under_way + reward, lengths_under_way + 1
+            for env in np.flatnonzero(end):
+                complete = games.get_info()[env]["prev_level_complete"]
+                episodes.append((returns_under_way[env], lengths_under_way[env], complete))
+                returns_under_way[env] = lengths_under_way[env] = 0
             discounted = gamma * discounted + reward
             total = count + num_envs  # the moments of all discounted returns so far
             new_mean = mean + (discounted.mean() - mean) * num_envs / total
@@ -300,37 +312,65 @@ def plain_ppo(num_iterations, num_envs=8, num_steps=20, gamma=0.9, gae_lambda=0.
             order = torch.randperm(num_envs * num_steps)
             for picked in (order[: len(order) // 2], order[len(order) // 2 :]):
                 advantage = advantages[picked]
-                advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
+                if norm_adv:
+                    advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
                 logits, value = agent(frames[picked])
                 policy = torch.distributions.Categorical(logits=logits)
-                ratio = (policy.log_prob(actions[picked]) - log_probs[picked]).exp()
-                gain = torch.min(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage).mean()
-                moved = values[picked] + (value - values[picked]).clamp(-0.2, 0.2)
-                error = torch.max((value - returns[picked]) ** 2, (moved - returns[picked]) ** 2).mean() / 2
+                log_ratio = policy.log_prob(actions[picked]) - log_probs[picked]
+                ratio = log_ratio.exp()
+                gain = torch.min(ratio * advantage, ratio.clamp(0.998, 1.002) * advantage).mean()
+                error = (value - returns[picked]) ** 2
+                if clip_vloss:
+                    moved = values[picked] + (value - values[picked]).clamp(-0.002, 0.002)
+                    error = torch.max(error, (moved - returns[picked]) ** 2)
+                error, entropy = error.mean() / 2, policy.entropy().mean()
                 optimizer.zero_grad()
-                (-gain + 0.5 * error - 0.05 * policy.entropy().mean()).backward()
+                (-gain + 0.7 * error - 0.05 * entropy).backward()
                 norm = torch.sqrt(sum((p.grad**2).sum() for p in agent.parameters()))
                 for p in agent.parameters():
                     p.grad *= min(1.0, 0.05 / norm)
                 optimizer.step()
-        yield agent.state_dict(), ends, float(1 - (returns - values).var() / returns.var())
+                clipped = (ratio < 0.998) | (ratio > 1.002)
+                kls = -log_ratio.mean(), (ratio - 1 - log_ratio).mean()
+                losses.append([x.item() for x in (-gain, error, entropy, *kls, clipped.double().mean(), norm)])
+        names = "policy_loss value_loss entropy old_approx_kl approx_kl clipfrac grad_norm".split()
+        row = {f"losses/{name}": x for name, x in zip(names, np.mean(losses, axis=0))}
+        row["losses/explained_variance"] = float(1 - (returns - values).var() / returns.var())
+        names = ("charts/episodic_return", "charts/episodic_length", "charts/level_complete")
+        yield agent.state_dict(), ends, row | dict(zip(names, np.mean(episodes, axis=0)))
 
 
-def test_iterations_of_main_end_in_the_weights_of_a_plain_ppo_loop(jumper, tmp_path):
-    shutil.copytree(jumper, tmp_path / "run")
-    process = run_main(ppo_procgen, [*JUMPER, "--resume", "--total-timesteps", "480"], tmp_path / "run")
-    assert process.returncode == 0, process.stderr
-    *_, (_, second, _), (weights, _, _) = results = list(plain_ppo(3))
-    assert second[-1].any() and any(end.any() for end in second[:-1])  # episodes ended on the edge and within
-    (run,) = (tmp_path / "run").glob("models/jumper/*")
+def assert_is_plain_ppo(run, results):
+    """The weights of a run's last iteration, and the rows of its progress.csv, are those of plain_ppo()."""
     trained = load(run / "rolling" / "model.pt")["model_state_dict"]
-    for name, expected in weights.items():
-        torch.testing.assert_close(trained[name], expected, rtol=0, atol=5e-6)
+    for name, expected in results[-1][0].items():
+        torch.testing.assert_close(trained[name], expected, rtol=0, atol=2e-5)
     with open(run / "progress.csv") as file:
-        explained = [float(row["losses/explained_variance"]) for row in csv.DictReader(file)]
-    assert explained == pytest.approx([variance for _, _, variance in results], abs=1e-4)
+        rows = list(csv.DictReader(file))
+    assert len(rows) == len(results)
+    for row, (_, _, expected) in zip(rows, results):
+        assert {name: float(row[name]) for name in expected} == pytest.approx(expected, rel=1e-3, abs=1e-6)
+
+
+def test_iterations_of_main_are_those_of_a_plain_ppo_loop(dodgeball, tmp_path):
+    shutil.copytree(dodgeball, tmp_path / "run")
+    process = run_main(ppo_procgen, [*DODGEBALL, "--resume", "--total-timesteps", "480"], tmp_path / "run")
+    assert process.returncode == 0, process.stderr
+    (run,) = (tmp_path / "run").glob("models/dodgeball/*")
+    results = list(plain_ppo(3))
+    assert_is_plain_ppo(run, results)
+    second, row = results[1][1:]
+    assert second[-1].any() and any(end.any() for end in second[:-1])  # episodes ended on the edge and within
+    assert 0 < row["losses/clipfrac"] < 1
     recorded = [np.load(path)["dones"] for path in sorted(run.glob("rollouts/*.npz"))]
     np.testing.assert_array_equal(np.concatenate(recorded)[20:40], torch.stack(second))
+
+
+def test_an_iteration_without_normalised_advantages_and_clipped_values_is_a_plain_one(tmp_path):
+    one = "--total-timesteps 160 --no-norm-adv --no-clip-vloss --xpid x".split()
+    assert run_main(ppo_procgen, [*DODGEBALL, *one], tmp_path).returncode == 0
+    (run,) = tmp_path.glob("models/dodgeball/*")
+    assert_is_plain_ppo(run, list(plain_ppo(1, norm_adv=False, clip_vloss=False)))
 
 
 # THE GAMES
@@ -485,26 +525,36 @@ def test_progress_and_tensorboard_hold_the_same_numbers(uninterrupted):
     assert b"|learning_rate|0.0005|" in panel.tensor_proto.string_val[0]
 
 
-def test_returns_count_every_finished_episode(tmp_path):
+def test_the_curves_count_every_finished_episode(tmp_path):
     """With 200 steps of 8 games in one iteration, the statistics are those of a plain count over the same games."""
     sizes = "--num-envs 8 --num-steps 200 --total-timesteps 1600 --num-minibatches 8 --update-epochs 1".split()
-    assert train(tmp_path, *sizes, "--xpid", "x").returncode == 0
-    envs = ProcgenVectorEnv(8, "bossfight", "easy", 0, 200, seed=0)
+    assert train(tmp_path, "--env-id", "jumper", *sizes, "--xpid", "x").returncode == 0
+    envs = ProcgenVectorEnv(8, "jumper", "easy", 0, 200, seed=0)
     torch.manual_seed(0)
     agent, obs = Agent(Args()), envs.reset()[0]
-    running, returns, lengths, steps = np.zeros(8), [], [], np.zeros(8)
+    running, steps, episodes = np.zeros(8), np.zeros(8), []
     for _ in range(200):
         with torch.inference_mode():
             action = agent.get_action_and_value(torch.from_numpy(obs))[0].numpy()
-        obs, reward, done, _, _ = envs.step(action)
+        obs, reward, done, _, infos = envs.step(action)
         running, steps = running + reward, steps + 1
-        returns += list(running[done])
-        lengths += list(steps[done])
+        episodes += [(running[i], steps[i], infos["prev_level_complete"][i]) for i in np.flatnonzero(done)]
         running[done] = steps[done] = 0
-    (row,) = progress(tmp_path, "x")
-    assert 8 < len(returns) < 100
-    assert float(row["charts/episodic_return"]) == pytest.approx(np.mean(returns))
-    assert float(row["charts/episodic_length"]) == pytest.approx(np.mean(lengths))
+    (run,) = tmp_path.glob("models/jumper/x")
+    with open(run / "progress.csv") as file:
+        (row,) = csv.DictReader(file)
+    returns, lengths, complete = np.mean(episodes, axis=0)
+    assert len(episodes) == 3 and 0 < complete < 1
+    assert float(row["charts/episodic_return"]) == pytest.approx(returns)
+    assert float(row["charts/episodic_length"]) == pytest.approx(lengths)
+    assert float(row["charts/level_complete"]) == pytest.approx(complete)
+
+    (path,) = run.glob("final/*.pt")
+    agent.load_state_dict(load(path)["model_state_dict"])
+    envs = ppo_procgen.make_test_envs(Args(env_id="jumper", num_eval_episodes=2))
+    tested = ppo_procgen.evaluate(agent, envs, envs.get_state(), 0, torch.device("cpu"))
+    names = ("charts/test_return", "charts/test_length", "charts/test_level_complete")
+    assert [float(row[name]) for name in names] == [pytest.approx(x.mean()) for x in tested]
 
 
 def test_the_seed_decides_the_weights(uninterrupted, tmp_path):
@@ -614,15 +664,15 @@ def stop_at_once(monkeypatch):
     monkeypatch.setattr(ppo_procgen, "stop_if_asked", stop)
 
 
-def test_a_resumed_run_has_every_piece_of_its_state(jumper, tmp_path, monkeypatch):
+def test_a_resumed_run_has_every_piece_of_its_state(dodgeball, tmp_path, monkeypatch):
     """Of a run that was saved with an episode that ended in the last step of its rollout."""
-    folder = tmp_path / "jumper"
-    shutil.copytree(jumper, folder)
-    (run,) = folder.glob("models/jumper/*")
+    folder = tmp_path / "run"
+    shutil.copytree(dodgeball, folder)
+    (run,) = folder.glob("models/dodgeball/*")
     before = load(run / "rolling" / "model.pt")
     assert before["carry"]["next_done"]["numpy"].any() and before["carry"]["level_complete"]
     stop_at_once(monkeypatch)
-    assert run_main(ppo_procgen, [*JUMPER, "--resume", "--total-timesteps", "640"], folder).returncode == 75
+    assert run_main(ppo_procgen, [*DODGEBALL, "--resume", "--total-timesteps", "640"], folder).returncode == 75
     before["args"] |= {"resume": True, "total_timesteps": 640}
     assert not differences(load(run / "rolling" / "model.pt"), before)
 
@@ -1001,29 +1051,29 @@ def test_tracking_has_one_run_for_each_game_and_xpid(tmp_path, monkeypatch):
 # THE RECORDING
 
 
-def test_a_recording_holds_what_the_games_showed(jumper):
+def test_a_recording_holds_what_the_games_showed(dodgeball):
     """Given the recorded actions, fresh games of the same seed show frames of the same checksums, rewards and ends."""
-    (folder,) = jumper.glob("models/jumper/*/rollouts")
+    (folder,) = dodgeball.glob("models/dodgeball/*/rollouts")
     metadata = json.loads((folder / "metadata.json").read_text())
     assert metadata["complete"] and metadata["args"]["num_steps"] == 20
-    assert (metadata["kind"], metadata["env_id"], metadata["num_levels"]) == ("recording", "jumper", 40)
+    assert (metadata["kind"], metadata["env_id"], metadata["num_levels"]) == ("recording", "dodgeball", 40)
     ((stream,),) = (segment["streams"] for segment in metadata["segments"])
-    assert stream == {"seed": 1, "num_envs": 8}
-    chunks = [np.load(path) for path in sorted(folder.glob("*.npz"))]
-    assert [path.name for path in sorted(folder.glob("*.npz"))][0] == "0_0_00000000.npz"
+    assert stream == {"seed": 6, "num_envs": 8}
+    paths = sorted(folder.glob("*.npz"))
+    assert paths[0].name == "0_0_00000000.npz"
+    chunks = [np.load(path) for path in paths]
     actions, rewards, dones, checksums, log_probs = (
         np.concatenate([chunk[key] for chunk in chunks])
         for key in ("actions", "rewards", "dones", "checksums", "log_probs")
     )
     assert (actions.dtype, actions.shape, checksums.shape, log_probs.dtype) == (np.uint8, (40, 8), (40,), np.float32)
-    games = ProcgenGym3Env(8, "jumper", distribution_mode="easy", start_level=0, num_levels=40, rand_seed=1)
-    agent = Agent(Args())
+    games = ProcgenGym3Env(8, "dodgeball", distribution_mode="hard", start_level=10, num_levels=40, rand_seed=6)
+    torch.manual_seed(6)
+    agent = Agent(Args(hidden_size=64))
     for t in range(40):
         frames = games.observe()[1]["rgb"]
         assert zlib.crc32(np.ascontiguousarray(frames)) == checksums[t]
         if t == 0:
-            torch.manual_seed(1)
-            agent = Agent(Args())
             with torch.no_grad():
                 expected = agent.get_action_and_value(torch.from_numpy(frames), torch.from_numpy(actions[0]).long())[1]
             np.testing.assert_allclose(log_probs[0], expected, atol=1e-6)

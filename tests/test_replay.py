@@ -76,7 +76,7 @@ def test_every_frame_that_is_drawn_is_compared(rollouts, tmp_path):
         process = render(folder, tmp_path / f"d{row}", "--iterations", "1", "1")
         assert process.returncode == (1 if row < 128 else 0)
         if row < 128:
-            assert_one_line(process.stderr, "other checksums than the recording has, first at step 127")
+            assert_one_line(process.stderr, "other checksums than recorded, first at step 127")
 
 
 def test_drawing_that_was_killed_goes_on(recording, dataset, tmp_path, monkeypatch):
@@ -167,9 +167,9 @@ def add_one_at(row):
 @pytest.mark.parametrize(
     "spoil, message",
     [
-        (lambda r: change_chunk(r, rewards=add_one_at(7)), "other rewards than the recording has, first at step 7"),
-        (lambda r: change_chunk(r, checksums=add_one_at(3)), "other checksums than the recording has, first at step 3"),
-        (lambda r: change_chunk(r, actions=lambda x: (x + 1) % 15), "than the recording has"),
+        (lambda r: change_chunk(r, rewards=add_one_at(7)), "other rewards than recorded, first at step 7"),
+        (lambda r: change_chunk(r, checksums=add_one_at(3)), "other checksums than recorded, first at step 3"),
+        (lambda r: change_chunk(r, actions=lambda x: (x + 1) % 15), "than recorded"),
         (lambda r: change_chunk(r, actions=lambda x: x + 20), "0_1_00000000.npz is damaged"),
         (lambda r: change_chunk(r, log_probs=np.zeros_like), "metadata.json: episodes_sha256"),
         (lambda r: change_chunk(r, log_probs=lambda x: x * np.nan), "0_1_00000000.npz is damaged"),
