@@ -258,11 +258,12 @@ def dodgeball(tmp_path_factory):
     return folder
 
 
-def plain_ppo(num_iterations, norm_adv=True, clip_vloss=True, num_envs=8, num_steps=20, gamma=0.9, gae_lambda=0.8):
+def plain_ppo(num_iterations, lr=0.001, norm_adv=True, clip_vloss=True):
     """PPO as in the paper: whole minibatches, loops, float64 returns. Yields weights, ends and progress.csv's row."""
+    num_envs, num_steps, gamma, gae_lambda = 8, 20, 0.9, 0.8
     torch.manual_seed(6)
     agent = Agent(Args(hidden_size=64))
-    optimizer = torch.optim.Adam(agent.parameters(), lr=0.001, eps=0.001)
+    optimizer = torch.optim.Adam(agent.parameters(), lr, eps=0.001)
     games = ProcgenGym3Env(num_envs, "dodgeball", distribution_mode="hard", start_level=10, num_levels=40, rand_seed=6)
     discounted, count, mean, var = np.zeros(num_envs), 1e-4, 0.0, 1.0
     returns_under_way, lengths_under_way = np.zeros(num_envs), np.zeros(num_envs)
@@ -344,7 +345,7 @@ def assert_is_plain_ppo(run, results):
     """The weights of a run's last iteration, and the rows of its progress.csv, are those of plain_ppo()."""
     trained = load(run / "rolling" / "model.pt")["model_state_dict"]
     for name, expected in results[-1][0].items():
-        torch.testing.assert_close(trained[name], expected, rtol=0, atol=2e-5)
+        torch.testing.assert_close(trained[name], expected, rtol=0, atol=5e-6)
     with open(run / "progress.csv") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == len(results)
@@ -367,10 +368,11 @@ def test_iterations_of_main_are_those_of_a_plain_ppo_loop(dodgeball, tmp_path):
 
 
 def test_an_iteration_without_normalised_advantages_and_clipped_values_is_a_plain_one(tmp_path):
-    one = "--total-timesteps 160 --no-norm-adv --no-clip-vloss --xpid x".split()
+    """With a learning rate at which the unclipped value loss does not blow up what the last bits differ by."""
+    one = "--learning-rate 0.0001 --no-norm-adv --no-clip-vloss --total-timesteps 160 --xpid x".split()
     assert run_main(ppo_procgen, [*DODGEBALL, *one], tmp_path).returncode == 0
     (run,) = tmp_path.glob("models/dodgeball/*")
-    assert_is_plain_ppo(run, list(plain_ppo(1, norm_adv=False, clip_vloss=False)))
+    assert_is_plain_ppo(run, list(plain_ppo(1, 0.0001, norm_adv=False, clip_vloss=False)))
 
 
 # THE GAMES
