@@ -7,113 +7,45 @@ import hashlib
 import importlib.util
 import inspect
 import json
-import math
 import os
 import pty
 import re
 import resource
 import shutil
-import signal
 import struct
 import subprocess
 import sys
 import termios
 import threading
 import zlib
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from check_resume import MOMENTS, differences, read_run, run_disturbed, run_undisturbed
-from conftest import assert_one_line, run_main, wait_for
+from conftest import (
+    DODGEBALL,
+    ROOT,
+    SCRIPT,
+    SMALL,
+    XPID,
+    assert_one_line,
+    assert_same_run,
+    final,
+    load,
+    progress,
+    run_dir,
+    run_main,
+    same,
+    scalars,
+    train,
+)
 from procgen import ProcgenGym3Env
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.compat.tensorflow_stub.io.gfile import LocalFileSystem
 
 import ppo_procgen
 from ppo_procgen import Agent, Args, ProcgenVectorEnv
-
-ROOT = Path(__file__).resolve().parent.parent
-SCRIPT = [sys.executable, str(ROOT / "ppo_procgen.py")]
-XPID = "bossfight-easy-200-ppo-lr0.0005-epoch1-mb2-v0.5-ha0.01-num_envs4-num_steps16_0"
-# Six iterations of 64 steps. Saved after 2, 4 and 6; archived after 1, 2, 3, 4 and 6. Episodes of bossfight are short.
-SMALL = "--env-id bossfight --num-envs 4 --num-steps 16 --num-minibatches 2 --update-epochs 1 --no-cuda".split()
-SMALL += "--total-timesteps 384 --log-interval 2 --archive-interval 3 --num-eval-episodes 2".split()
-
-
-def launch(folder, *more):
-    """Run the script in folder, in a process of its own; return the finished process."""
-    command = [*SCRIPT, *SMALL, *more]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
-
-
-def train(folder, *more):
-    """The same in this process, which has PyTorch and Procgen's images loaded already."""
-    return run_main(ppo_procgen, [*SMALL, *more], folder)
-
-
-def run_dir(folder, xpid=XPID):
-    return folder / "models" / "bossfight" / xpid
-
-
-def load(path):
-    return torch.load(path, weights_only=True)
-
-
-def final(folder, xpid=XPID):
-    (path,) = run_dir(folder, xpid).glob("final/*.pt")
-    return load(path)
-
-
-def progress(folder, xpid=XPID):
-    """progress.csv as a list of dicts, without the speed, which is a matter of the clock."""
-    with open(run_dir(folder, xpid) / "progress.csv") as file:
-        return [{key: value for key, value in row.items() if key != "charts/SPS"} for row in csv.DictReader(file)]
-
-
-def same(a, b):
-    return not differences(a, b)
-
-
-def assert_same_run(folder, reference, xpid=XPID):
-    """The run in folder has left what the reference has: the same names, states and numbers, and nothing else."""
-
-    def names(root):
-        return {str(path.relative_to(root)) for path in root.rglob("*") if "tfevents" not in path.name}
-
-    assert names(run_dir(folder, xpid)) == names(run_dir(reference))
-    for path in run_dir(reference).rglob("*.pt"):
-        ours, theirs = load(run_dir(folder, xpid) / path.relative_to(run_dir(reference))), load(path)
-        for state in (ours, theirs):
-            state.pop("args"), state.pop("xpid"), state.pop("machine", None)
-        assert not differences(ours, theirs), path.name
-    assert progress(folder, xpid) == progress(reference)
-    ours, theirs = scalars(folder, xpid), scalars(reference)
-    assert ours.keys() == theirs.keys()
-    for tag in ours.keys() - {"charts/SPS"}:
-        assert ours[tag] == theirs[tag], tag
-
-
-def scalars(folder, xpid=XPID):
-    """TensorBoard's scalars as it would show them: {tag: [(step, value), ...]}."""
-    accumulator = EventAccumulator(str(run_dir(folder, xpid)), size_guidance={"scalars": 0})
-    accumulator.Reload()
-    tags = accumulator.Tags()["scalars"]
-    return {tag: [(event.step, event.value) for event in accumulator.Scalars(tag)] for tag in tags}
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory):
-    """A folder with a run of six iterations that nothing disturbed."""
-    folder = tmp_path_factory.mktemp("uninterrupted")
-    process = launch(folder)
-    assert process.returncode == 0, process.stderr
-    (folder / "printed").write_text(process.stdout)
-    return folder
-
 
 # THE ALGORITHM
 
@@ -236,28 +168,6 @@ def test_the_gradient_summed_over_chunks_is_that_of_the_minibatch(tmp_path, monk
             assert float(chunks[tag]) == pytest.approx(float(whole[tag]), rel=1e-3, abs=1e-6), tag
 
 
-# Three iterations of 160 steps, with no default that has a part in them. With this seed, episodes end within a rollout
-# and in the last step of the second one.
-DODGEBALL = "--env-id dodgeball --distribution-mode hard --seed 6 --start-level 10 --num-levels 40".split()
-DODGEBALL += "--num-envs 8 --num-steps 20 --total-timesteps 320 --num-minibatches 2 --update-epochs 2".split()
-DODGEBALL += (
-    "--learning-rate 0.001 --gamma 0.9 --gae-lambda 0.8 --clip-coef 0.002 --ent-coef 0.05 --vf-coef 0.7".split()
-)
-DODGEBALL += (
-    "--max-grad-norm 0.05 --adam-eps 0.001 --hidden-size 64 --num-eval-episodes 1 --archive-interval 100".split()
-)
-DODGEBALL += ["--no-cuda", "--save-dataset"]
-
-
-@pytest.fixture(scope="module")
-def dodgeball(tmp_path_factory):
-    """A folder with two of the three iterations."""
-    folder = tmp_path_factory.mktemp("dodgeball")
-    process = run_main(ppo_procgen, DODGEBALL, folder)
-    assert process.returncode == 0, process.stderr
-    return folder
-
-
 def plain_ppo(num_iterations, lr=0.001, norm_adv=True, clip_vloss=True):
     """PPO as in the paper: whole minibatches, loops, float64 returns. Yields weights, ends and progress.csv's row."""
     num_envs, num_steps, gamma, gae_lambda = 8, 20, 0.9, 0.8
@@ -373,6 +283,21 @@ def test_an_iteration_without_normalised_advantages_and_clipped_values_is_a_plai
     assert run_main(ppo_procgen, [*DODGEBALL, *one], tmp_path).returncode == 0
     (run,) = tmp_path.glob("models/dodgeball/*")
     assert_is_plain_ppo(run, list(plain_ppo(1, 0.0001, norm_adv=False, clip_vloss=False)))
+
+
+def test_target_kl_ends_the_epochs_early(tmp_path):
+    three_epochs = ("--update-epochs", "3", "--total-timesteps", "64", "--xpid", "x")
+    assert train(tmp_path, *three_epochs, "--target-kl", "1e-9").returncode == 0
+    steps = {int(moments["step"]) for moments in final(tmp_path, "x")["optimizer_state_dict"]["state"].values()}
+    assert steps == {2}  # one epoch of two minibatches instead of three
+
+
+def test_weights_that_the_last_step_ruined_are_noticed(tmp_path):
+    one = "--learning-rate 1e30 --num-minibatches 1 --update-epochs 1 --total-timesteps 64 --xpid x".split()
+    process = train(tmp_path, *one)
+    assert process.returncode == 1
+    assert_one_line(process.stderr, "training diverged in iteration 1")
+    assert load(run_dir(tmp_path, "x") / "rolling" / "model.pt")["iteration"] == 0
 
 
 # THE GAMES
@@ -600,317 +525,6 @@ def test_a_terminal_gets_a_bar(tmp_path):
     assert re.search(rb"128/128 .*steps/s.*train return .*test return", shown)
 
 
-# RESUME
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
-    """A run with --save-dataset that nothing disturbed: its content, and the counts of check_resume."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    counts = run_undisturbed(ROOT / "ppo_procgen.py", RECORDED, folder)
-    return read_run(folder), counts
-
-
-RECORDED = ["--save-dataset", "--no-cuda"]
-
-
-def test_a_run_that_was_stopped_or_killed_ends_like_one_that_was_not(undisturbed, tmp_path):
-    """In a rollout, an update or a write: weights, optimizer, games, generators, table, recording are the same."""
-    expected, counts = undisturbed
-
-    def check(i):
-        wrong = run_disturbed(ROOT / "ppo_procgen.py", RECORDED, tmp_path / str(i), counts, MOMENTS[i])
-        return wrong or differences(read_run(tmp_path / str(i)), expected)
-
-    with ThreadPoolExecutor(2) as pool:
-        assert list(pool.map(check, range(len(MOMENTS)))) == [[] for _ in MOMENTS]
-    assert {"recording actions", "progress.csv", "rolling/model.pt"} < expected.keys()
-
-
-def test_check_resume_names_what_a_fork_forgot(tmp_path):
-    """A fork that mixes the mean of its past frames into every frame, and keeps that mean outside of carry."""
-    source = (ROOT / "ppo_procgen.py").read_text()
-    rollout = "                obs[step], dones[step] = carry.next_obs, carry.next_done\n"
-    mixed = "                past = (past * 0.9 + carry.next_obs.float() * 0.1)\n" + rollout.replace(
-        "= carry.next_obs", "= (carry.next_obs * 0.5 + past * 0.5).to(torch.uint8)"
-    )
-    fork = source.replace(
-        "    test = None  #", "    past = torch.zeros((args.num_envs, 64, 64, 3), device=device)\n    test = None  #"
-    )
-    fork = fork.replace(rollout, mixed)
-    kept = fork.replace("    past = torch.zeros(", "    carry.past = torch.zeros(").replace(
-        "past = (past * 0.9", "carry.past = (carry.past * 0.9"
-    )
-    kept = kept.replace("+ past * 0.5", "+ carry.past * 0.5")
-    moment = ("act", 0.7, signal.SIGKILL)
-
-    def check(name, text):
-        script = tmp_path / f"{name}_procgen.py"
-        script.write_text(text)
-        counts = run_undisturbed(script, ["--no-cuda"], tmp_path / f"{name}_undisturbed")
-        assert not run_disturbed(script, ["--no-cuda"], tmp_path / name, counts, moment)
-        return differences(read_run(tmp_path / name), read_run(tmp_path / f"{name}_undisturbed"))
-
-    with ThreadPoolExecutor(2) as pool:
-        forgotten, kept = pool.map(check, ("forgetful", "careful"), (fork, kept))
-    assert any("model_state_dict" in name for name in forgotten)
-    assert kept == []
-
-
-def stop_at_once(monkeypatch):
-    """Let the next run be stopped after it has restored its state, before its first step."""
-
-    def stop():
-        raise ppo_procgen.Stopped("a test")
-
-    monkeypatch.setattr(ppo_procgen, "stop_if_asked", stop)
-
-
-def test_a_resumed_run_has_every_piece_of_its_state(dodgeball, tmp_path, monkeypatch):
-    """Of a run that was saved with an episode that ended in the last step of its rollout."""
-    folder = tmp_path / "run"
-    shutil.copytree(dodgeball, folder)
-    (run,) = folder.glob("models/dodgeball/*")
-    before = load(run / "rolling" / "model.pt")
-    assert before["carry"]["next_done"]["numpy"].any() and before["carry"]["level_complete"]
-    stop_at_once(monkeypatch)
-    assert run_main(ppo_procgen, [*DODGEBALL, "--resume", "--total-timesteps", "640"], folder).returncode == 75
-    before["args"] |= {"resume": True, "total_timesteps": 640}
-    assert not differences(load(run / "rolling" / "model.pt"), before)
-
-
-def test_a_random_generator_of_a_wrapper_is_saved_and_restored(tmp_path):
-    wrapper = SimpleNamespace(rng=np.random.default_rng(7), steps=3)
-    wrapper.rng.integers(10, size=5)
-    torch.save(ppo_procgen.freeze(wrapper), tmp_path / "state.pt")
-    expected = wrapper.rng.random(4)
-    other = SimpleNamespace(rng=np.random.default_rng(0), steps=0)
-    ppo_procgen.thaw(torch.load(tmp_path / "state.pt", weights_only=True), other)
-    assert np.array_equal(other.rng.random(4), expected) and other.steps == 3
-
-
-def test_a_fork_may_do_without_an_argument():
-    fields = {**vars(ppo_procgen.Args(xpid="x")), "my_width": 3}
-    for name in ("hidden_size", "target_kl"):
-        del fields[name]
-    ppo_procgen.check_args(SimpleNamespace(**fields))
-
-
-def test_a_signal_saves_and_exits_75(uninterrupted, tmp_path):
-    def stop(signum):
-        folder = tmp_path / signum.name
-        folder.mkdir()
-        command = [*SCRIPT, *SMALL, "--resume", "--log-interval", "100"]  # so that only the signal saves
-        process = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True)
-        wait_for((run_dir(folder) / "progress.csv").exists, process)
-        process.send_signal(signum)
-        return folder, signum, process.communicate(timeout=60)[0], process.returncode
-
-    with ThreadPoolExecutor() as pool:
-        stopped = list(pool.map(stop, ppo_procgen.STOP_SIGNALS))
-    assert len(stopped) == 3
-    for folder, signum, output, code in stopped:
-        assert code == 75
-        assert f"stopped by {signum.name}" in output
-        saved = load(run_dir(folder) / "rolling" / "model.pt")["iteration"]
-        assert 1 <= saved < 6 and len(progress(folder)) == saved
-        assert train(folder, "--resume").returncode == 0
-        assert_same_run(folder, uninterrupted)
-
-
-def test_a_signal_while_pytorch_is_loading_exits_75(tmp_path):
-    process = subprocess.Popen([*SCRIPT, *SMALL], cwd=tmp_path)
-
-    def handled():
-        caught = re.search(r"SigCgt:\s*(\w+)", Path(f"/proc/{process.pid}/status").read_text())[1]
-        return int(caught, 16) >> (signal.SIGUSR2 - 1) & 1
-
-    wait_for(handled, process)
-    process.send_signal(signal.SIGUSR2)
-    assert process.wait(timeout=60) == 75
-
-
-def test_resuming_a_finished_run_says_so_and_changes_nothing(uninterrupted):
-    before = {path: path.read_bytes() for path in uninterrupted.rglob("*") if path.is_file()}
-    process = train(uninterrupted, "--resume")
-    assert process.returncode == 0 and "is finished" in process.stdout
-    assert {path: path.read_bytes() for path in uninterrupted.rglob("*") if path.is_file()} == before
-
-
-def test_a_run_can_be_made_longer_and_has_no_final_checkpoint_meanwhile(uninterrupted, tmp_path, monkeypatch):
-    assert train(tmp_path, "--total-timesteps", "200", "--archive-interval", "100").returncode == 0  # three iterations
-    own = run_dir(tmp_path) / "final" / "model_keep_me.pt"
-    own.write_bytes(b"a copy of the user's")
-    (end,) = run_dir(tmp_path).glob("final/model_*.??.pt")
-    with monkeypatch.context() as patch:
-        stop_at_once(patch)
-        assert train(tmp_path, "--resume").returncode == 75
-    assert list(run_dir(tmp_path).glob("final/*")) == [own]
-    assert load(run_dir(tmp_path) / "checkpoint" / end.name.replace("model_", "model_3_"))["iteration"] == 3
-    assert train(tmp_path, "--resume").returncode == 0
-    own.unlink()
-    assert_same_run(tmp_path, uninterrupted)
-
-
-def test_a_larger_total_can_be_taken_back(uninterrupted, tmp_path, monkeypatch):
-    """The run has gone beyond the new total: it ends where it is, with a final checkpoint of that."""
-    shutil.copytree(uninterrupted, tmp_path / "run")
-    with monkeypatch.context() as patch:
-        stop_at_once(patch)
-        assert train(tmp_path / "run", "--resume", "--total-timesteps", "1000000").returncode == 75
-    assert not list(run_dir(tmp_path / "run").glob("final/*"))
-    process = train(tmp_path / "run", "--resume", "--total-timesteps", "320")
-    assert process.returncode == 0, process.stderr
-    assert same(final(tmp_path / "run")["model_state_dict"], final(uninterrupted)["model_state_dict"])
-    assert final(tmp_path / "run")["test_return"] == final(uninterrupted)["test_return"]
-    assert "is finished after iteration 6" in train(tmp_path / "run", "--resume").stdout
-
-
-def test_resuming_with_other_arguments_names_them(uninterrupted):
-    other = "--xpid", XPID, "--learning-rate", "0.001", "--num-levels", "0", "--log-interval", "7"
-    process = train(uninterrupted, "--resume", *other)
-    assert process.returncode == 2
-    assert_one_line(process.stderr, "--learning-rate was 0.0005, is 0.001", "--num-levels was 200, is 0")
-    assert "log-interval" not in process.stderr
-
-
-def test_an_annealed_run_cannot_be_made_longer(tmp_path):
-    short = ("--anneal-lr", "--total-timesteps", "128", "--xpid", "x")
-    assert train(tmp_path, *short).returncode == 0
-    assert [float(row["charts/learning_rate"]) for row in progress(tmp_path, "x")] == [0.0005, 0.00025]
-    process = train(tmp_path, "--anneal-lr", "--xpid", "x", "--resume")
-    assert process.returncode == 2
-    assert_one_line(process.stderr, "--total-timesteps was 128, is 384")
-
-
-def test_an_existing_run_is_never_overwritten(uninterrupted):
-    before = {path: path.stat().st_mtime_ns for path in run_dir(uninterrupted).rglob("*.pt")}
-    process = train(uninterrupted)
-    assert process.returncode == 2
-    assert_one_line(process.stderr, XPID, "--resume", "--xpid")
-    assert {path: path.stat().st_mtime_ns for path in run_dir(uninterrupted).rglob("*.pt")} == before
-
-
-def test_a_lost_rolling_checkpoint_is_an_error(uninterrupted, tmp_path):
-    """To start from scratch would overwrite what the run has left."""
-    shutil.copytree(uninterrupted, tmp_path / "copy")
-    (run_dir(tmp_path / "copy") / "rolling" / "model.pt").unlink()
-    process = train(tmp_path / "copy", "--resume")
-    assert process.returncode == 2
-    assert_one_line(process.stderr, "rolling/model.pt back, which is missing")
-    assert final(tmp_path / "copy")["iteration"] == 6
-
-
-def test_a_second_process_on_the_same_run_fails(tmp_path, monkeypatch):
-    endless = ("--total-timesteps", "1000000")
-    first = subprocess.Popen([*SCRIPT, *SMALL, *endless], cwd=tmp_path, stdout=subprocess.DEVNULL)
-    try:
-        wait_for((run_dir(tmp_path) / "rolling" / "model.pt").exists, first)
-        second = train(tmp_path, "--resume", *endless)
-        assert second.returncode == 1
-        assert_one_line(second.stderr, XPID, "in use by another process")
-        # On a cluster the holder may be about to end: wait, then ask to be run again.
-        monkeypatch.setenv("SLURM_JOB_ID", "1")
-        monkeypatch.setattr(ppo_procgen, "LOCK_PATIENCE", 2)
-        waiting = train(tmp_path, "--resume", *endless)
-        assert waiting.returncode == 75
-        assert_one_line(waiting.stderr, "in use by another process, 2 s long")
-    finally:
-        first.kill()
-        first.wait()
-    # The lock has died with its holder: this one gets as far as the arguments that differ.
-    assert train(tmp_path, "--resume", *endless, "--seed", "9", "--xpid", XPID).returncode == 2
-
-
-def test_a_new_run_can_start_from_a_checkpoint(uninterrupted, tmp_path):
-    (source,) = run_dir(uninterrupted).glob("final/*.pt")
-    # A learning rate too small to move a float32 weight: what ends is what was loaded.
-    new = ("--checkpoint", str(source), "--learning-rate", "1e-30", "--xpid", "new", "--total-timesteps", "64")
-    assert train(tmp_path, *new).returncode == 0
-    started = final(tmp_path, "new")
-    assert same(started["model_state_dict"], load(source)["model_state_dict"])
-    steps = {int(moments["step"]) for moments in started["optimizer_state_dict"]["state"].values()}
-    assert steps == {6 * 2 + 2}  # Adam goes on counting
-    assert started["optimizer_state_dict"]["param_groups"][0]["lr"] == 1e-30
-    assert started["iteration"] == 1
-
-
-def test_target_kl_ends_the_epochs_early(tmp_path):
-    three_epochs = ("--update-epochs", "3", "--total-timesteps", "64", "--xpid", "x")
-    assert train(tmp_path, *three_epochs, "--target-kl", "1e-9").returncode == 0
-    steps = {int(moments["step"]) for moments in final(tmp_path, "x")["optimizer_state_dict"]["state"].values()}
-    assert steps == {2}  # one epoch of two minibatches instead of three
-
-
-def test_what_ends_a_run_early_saves_its_last_iteration_first(uninterrupted, tmp_path, monkeypatch):
-    """An exception, a diverged update and a full disk, all in iteration 4, with nothing due to be saved."""
-    gae, calls = ppo_procgen.compute_gae, []
-
-    def broken(*args):
-        calls.append(args)
-        if len(calls) == 4:
-            raise KeyError("a mistake in a fork")
-        return gae(*args)
-
-    often = ("--log-interval", "100", "--archive-interval", "100")
-    with monkeypatch.context() as patch, pytest.raises(KeyError):
-        patch.setattr(ppo_procgen, "compute_gae", broken)
-        train(tmp_path, *often)
-    assert load(run_dir(tmp_path) / "rolling" / "model.pt")["iteration"] == 3
-
-    with monkeypatch.context() as patch:
-        patch.setattr(ppo_procgen, "compute_gae", lambda *args: [x * math.nan for x in gae(*args)])
-        process = train(tmp_path, *often, "--resume")
-    assert process.returncode == 1
-    assert_one_line(process.stderr, "training diverged in iteration 4", "--learning-rate")
-    assert load(run_dir(tmp_path) / "rolling" / "model.pt")["iteration"] == 3
-
-    def full(path, state):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-
-    with monkeypatch.context() as patch:
-        patch.setattr(ppo_procgen.Run, "write_table", lambda run: full(run.table, None))
-        process = train(tmp_path, *often, "--resume")
-    assert process.returncode == 1
-    assert_one_line(process.stderr, "progress.csv could not be used: No space left on device")
-    assert train(tmp_path, "--resume", *often).returncode == 0
-    assert same(final(tmp_path)["model_state_dict"], final(uninterrupted)["model_state_dict"])
-
-
-def test_weights_that_the_last_step_ruined_are_noticed(tmp_path):
-    one = "--learning-rate 1e30 --num-minibatches 1 --update-epochs 1 --total-timesteps 64 --xpid x".split()
-    process = train(tmp_path, *one)
-    assert process.returncode == 1
-    assert_one_line(process.stderr, "training diverged in iteration 1")
-    assert load(run_dir(tmp_path, "x") / "rolling" / "model.pt")["iteration"] == 0
-
-
-def test_a_reader_that_has_gone_is_not_a_full_disk(tmp_path):
-    command = " ".join([*SCRIPT, *SMALL, "--log-interval", "1", "| head -1"])
-    process = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True)
-    assert_one_line(process.stderr, "whoever read the output has gone", "--resume")
-    assert load(run_dir(tmp_path) / "rolling" / "model.pt")["iteration"] >= 0
-
-
-def test_a_moved_run_is_resumed_where_it_is(uninterrupted, tmp_path):
-    assert train(tmp_path, "--total-timesteps", "128", "--archive-interval", "100").returncode == 0
-    (tmp_path / "elsewhere" / "bossfight").mkdir(parents=True)
-    run_dir(tmp_path).rename(tmp_path / "elsewhere" / "bossfight" / "renamed")
-    moved = ("--model-saving-dir", "elsewhere", "--xpid", "renamed", "--resume")
-    assert train(tmp_path, *moved).returncode == 0
-    (path,) = tmp_path.glob("elsewhere/bossfight/renamed/final/*.pt")
-    assert same(load(path)["model_state_dict"], final(uninterrupted)["model_state_dict"])
-    assert not (tmp_path / "models" / "bossfight" / "renamed").exists()
-
-
-def test_an_annealed_run_that_was_killed_ends_like_one_that_was_not(tmp_path):
-    arguments = ["--anneal-lr", "--no-cuda"]
-    script, moment = ROOT / "ppo_procgen.py", ("backward", 0.6, signal.SIGKILL)
-    counts = run_undisturbed(script, arguments, tmp_path / "undisturbed")
-    assert run_disturbed(script, arguments, tmp_path / "killed", counts, moment) == []
-    assert differences(read_run(tmp_path / "killed"), read_run(tmp_path / "undisturbed")) == []
-
-
 # IDENTITY
 
 
@@ -939,6 +553,13 @@ def test_a_copy_is_another_algorithm(tmp_path):
     assert copy.default_xpid(copy.Args(seed=3)) == "coinrun-easy-200-ppo_drac-lr0.0005-epoch3-mb8-v0.5-ha0.01_3"
     process = run_main(copy, ["--env-id", "pong"], tmp_path)
     assert process.returncode == 2 and process.stderr.startswith("ppo_drac_procgen.py: error: --env-id")
+
+
+def test_a_fork_may_do_without_an_argument():
+    fields = {**vars(ppo_procgen.Args(xpid="x")), "my_width": 3}
+    for name in ("hidden_size", "target_kl"):
+        del fields[name]
+    ppo_procgen.check_args(SimpleNamespace(**fields))
 
 
 def test_a_copy_does_not_go_on_with_its_parents_run_nor_the_other_way_round(uninterrupted, tmp_path):
