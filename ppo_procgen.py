@@ -162,7 +162,10 @@ class ProcgenVectorEnv(gym.vector.VectorEnv):
 
 
 def make_envs(args: Args) -> gym.Env:
-    """The games to train on. A wrapper of your own goes here; its attributes are saved and restored with the others."""
+    """The games to train on. A wrapper of your own goes below RecordGames, which keeps what the games were given.
+
+    Its attributes are saved and restored with those of the others.
+    """
     levels = (args.distribution_mode, args.start_level, args.num_levels)
     envs = ProcgenVectorEnv(args.num_envs, args.env_id, *levels, args.seed)
     if args.save_dataset:
@@ -298,6 +301,7 @@ def evaluate(agent, envs, start_states, seed, device):
     returns, lengths = np.zeros(envs.num_envs), np.zeros(envs.num_envs)
     level_complete, playing = np.zeros(envs.num_envs, dtype=bool), np.ones(envs.num_envs, dtype=bool)
     obs = envs.set_state(start_states)
+    agent.eval()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         while playing.any():
@@ -309,6 +313,7 @@ def evaluate(agent, envs, start_states, seed, device):
             if terminated.any():
                 level_complete |= playing & terminated & infos["prev_level_complete"]
                 playing &= ~terminated
+    agent.train()
     return returns, lengths, level_complete
 
 
@@ -475,10 +480,10 @@ def flag(name: str) -> str:
 
 def default_xpid(args: Args) -> str:
     """The name of a run. There is no clock in it: the same arguments name the same run."""
-    parts = {"env_id": "", "distribution_mode": "-", "num_levels": "-", "learning_rate": f"-{ALGORITHM}-lr"}
+    parts = {"env_id": "", "distribution_mode": "-", "num_levels": "-", "": f"-{ALGORITHM}", "learning_rate": "-lr"}
     parts |= {"update_epochs": "-epoch", "num_minibatches": "-mb", "vf_coef": "-v", "ent_coef": "-ha"}
     unnamed = (*parts, *FREE_ARGUMENTS, "seed")
-    values, defaults = asdict(args), {field.name: field.default for field in fields(args)}
+    values, defaults = {**asdict(args), "": ""}, {field.name: field.default for field in fields(args)}
     parts |= {name: f"-{name}" for name in values if name not in unnamed and values[name] != defaults[name]}
     words = [f"{part}{values[name]}" for name, part in parts.items() if name in values]
     return quote("".join(words) + f"_{args.seed}", safe="+")
@@ -510,9 +515,10 @@ def check_args(args: Args) -> None:
     most_levels = MAX_LEVEL - 1 - args.start_level  # one is left to test on
     require(args.num_levels <= most_levels, "num_levels", f"at most {most_levels} with this --start-level")
     batch = args.num_envs * args.num_steps
-    require(batch % args.num_minibatches == 0, "num_minibatches", f"a divisor of num_envs * num_steps = {batch}")
-    if args.norm_adv:  # a single advantage has no standard deviation
-        require(batch > args.num_minibatches, "num_minibatches", f"at most {batch // 2}, or --no-norm-adv given")
+    minibatches = getattr(args, "num_minibatches", 1)
+    require(batch % minibatches == 0, "num_minibatches", f"a divisor of num_envs * num_steps = {batch}")
+    if getattr(args, "norm_adv", False):  # a single advantage has no standard deviation
+        require(batch > minibatches, "num_minibatches", f"at most {batch // 2}, or --no-norm-adv given")
     require(args.total_timesteps >= batch, "total_timesteps", f"at least one iteration, num_envs * num_steps = {batch}")
     plain = args.xpid not in ("", "..") and args.xpid == Path(args.xpid).name and args.xpid.isprintable()
     require(plain and len(args.xpid.encode()) <= 200, "xpid", "a plain folder name of at most 200 bytes")
@@ -581,8 +587,9 @@ class RandomGenerators:
 
 
 def attributes(x) -> dict:
-    """What is saved of an object, a wrapper among them: all but functions, spaces and the time it was made."""
-    kept = {name: value for name, value in vars(x).items() if name != "t0" and not isinstance(value, gym.Space)}
+    """What is saved of an object, a wrapper among them: not its functions, what it was given, or when it was made."""
+    given = (gym.Space, Args, torch.device)
+    kept = {name: value for name, value in vars(x).items() if name != "t0" and not isinstance(value, given)}
     return {name: value for name, value in kept.items() if not inspect.isroutine(value)}
 
 
@@ -598,7 +605,11 @@ def freeze(x, name="", device=None):
     if isinstance(x, np.random.Generator):
         return {"generator": freeze(x.bit_generator.state, name, device)}
     if isinstance(x, dict):
-        return {key: freeze(value, f"{name}.{key}", device) for key, value in x.items()}
+        keys = [key.item() if isinstance(key, np.generic) else key for key in x]
+        parts = [part for key in keys for part in (key if isinstance(key, tuple) else (key,))]
+        if odd := {type(part).__name__ for part in parts} - {"str", "int", "float", "bool"}:
+            raise TypeError(f"state{name} has keys of type {odd.pop()}, which cannot be saved: use text or numbers")
+        return {key: freeze(value, f"{name}.{key}", device) for key, value in zip(keys, x.values())}
     if isinstance(x, (list, tuple, deque)):
         return (tuple if isinstance(x, tuple) else list)(freeze(value, name, device) for value in x)
     for get in ("state_dict", "get_state"):
@@ -614,7 +625,10 @@ def freeze(x, name="", device=None):
 def thaw(saved, x=None, name=""):
     """What freeze() was given. If x is an object, it takes the state over; if it is a tensor, its device is kept."""
     if isinstance(x, torch.Tensor):
-        return saved.to(x.device)
+        if not x.requires_grad:
+            return saved.to(x.device)
+        x.data.copy_(saved)  # an optimizer may hold it
+        return x
     if isinstance(saved, dict) and saved.keys() == {"numpy"}:
         return saved["numpy"].numpy()[()]
     if isinstance(x, np.random.Generator):
@@ -624,18 +638,24 @@ def thaw(saved, x=None, name=""):
         if hasattr(type(x), put):
             getattr(x, put)(thaw(saved))
             return x
-    if hasattr(x, "__dict__"):
+    if isinstance(x, dict):
+        values = {key: thaw(value, x.get(key), f"{name}.{key}") for key, value in saved.items()}
+        x.clear(), x.update(values)
+        return x
+    if hasattr(x, "__dict__") and not isinstance(x, (list, tuple, deque)):
         mine = attributes(x)
         for key in mine.keys() ^ saved.keys():
             raise KeyError(f"{name}.{key} is known to {'this script' if key in mine else 'the checkpoint'} only")
         for key, value in mine.items():
             setattr(x, key, thaw(saved[key], value, f"{name}.{key}"))
         return x
-    if isinstance(x, deque):
-        return deque(map(thaw, saved), x.maxlen)
     if isinstance(saved, dict):
         return {key: thaw(value) for key, value in saved.items()}
-    return type(saved)(map(thaw, saved)) if isinstance(saved, (list, tuple)) else saved
+    if isinstance(saved, (list, tuple)):  # what x has in the same places is restored in its own way
+        before = list(x) if isinstance(x, (list, tuple, deque)) and len(x) == len(saved) else [None] * len(saved)
+        values = [thaw(value, old, f"{name}[{i}]") for i, (value, old) in enumerate(zip(saved, before))]
+        return deque(values, x.maxlen) if isinstance(x, deque) else type(saved)(values)
+    return saved
 
 
 # FILES
@@ -710,14 +730,14 @@ class RecordGames(gym.Wrapper):
         super().__init__(envs)
         self.steps = []
 
-    def get_state(self):
-        return self.env.get_state()
+    def get_state(self):  # as if it were not there, so that a run may go on without it
+        return freeze(self.env)
 
-    def set_state(self, states):
-        return self.env.set_state(states)
+    def set_state(self, state):
+        thaw(state, self.env)
 
     def step(self, actions):
-        checksum = zlib.crc32(self.env.games.observe()[1]["rgb"])
+        checksum = zlib.crc32(self.unwrapped.games.observe()[1]["rgb"])
         frames, rewards, terminated, *more = self.env.step(actions)
         self.steps.append((actions.astype(np.uint8), rewards.copy(), terminated.copy(), np.uint32(checksum)))
         return frames, rewards, terminated, *more
@@ -789,15 +809,16 @@ class Run:
         except filelock.Timeout:
             in_use = f"{self.folder} is in use by another process, {patience} s long"
             fail(f"{in_use}; wait for it to end or choose another --xpid", EXIT_STOPPED if on_cluster else 1)
-        for leftover in self.folder.glob("**/.*.tmp"):  # of a write that was killed
-            leftover.unlink()
+        for leftover in (*self.folder.glob(".*.tmp"), *self.folder.glob("*/.*.tmp")):  # of a write that was killed
+            leftover.unlink(missing_ok=True)
 
     def check_resumed(self, saved: dict) -> None:
         """Exit with code 2 if this would compute something else than the run did; tell if only the last bits differ."""
         if saved["script"] != SCRIPT:
             fail(f"{self.folder} is a run of {saved['script']}, not of {SCRIPT}; choose another --xpid", 2)
         free = set(FREE_ARGUMENTS) & saved["args"].keys() & self.header["args"].keys()
-        free -= {"total_timesteps"} if self.args.anneal_lr else set()  # the learning rate is annealed towards it
+        if getattr(self.args, "anneal_lr", False):  # the learning rate is annealed towards the end
+            free.discard("total_timesteps")
         then, now = ({flag(key): x for key, x in y["args"].items() if key not in free} for y in (saved, self.header))
         if changes := differences(then, now):
             way_out = "repeat them or choose another --xpid"
@@ -873,12 +894,13 @@ class Run:
 
     def record(self, steps: dict, logprobs: torch.Tensor) -> None:
         """Keep a rollout for the recording: take_steps()' and the log-probabilities, (num_steps, num_envs)."""
+        if len(steps["actions"]) != len(logprobs):
+            raise ValueError("the games took other steps than the policy: --save-dataset does not fit this wrapper")
         self.rollout = [{**steps, "log_probs": logprobs.cpu().numpy().copy()}]
 
     def end_iteration(self, metrics: dict) -> None:
         """Log an iteration and keep its state in memory; archive and save it when it is time to."""
         self.iteration += 1
-        self.recorded += self.rollout
         step = self.iteration * self.batch_size
         speed = (step - self.start_step) / (time.time() - self.start_time)
         self.rows.append({"iteration": self.iteration, "global_step": step, "charts/SPS": speed, **metrics})
@@ -889,6 +911,7 @@ class Run:
         self.write_table()
         test_return = metrics["charts/test_return"]
         self.keep(None if math.isnan(test_return) else test_return)
+        self.recorded += self.rollout
         if self.archives(self.iteration):
             self.write_evaluated("checkpoint", f"model_{self.iteration}_", test_return)
         latest = self.state["carry"].latest_test_return
@@ -1003,7 +1026,7 @@ def main() -> None:
             fail(f"Procgen misses a library of the system ({error}); on Debian or Ubuntu install {packages}")
         fail(f"{error.filename or args.model_saving_dir} could not be used: {error.strerror or error}")
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
+        if isinstance(error, RuntimeError) and not re.search("(out of|enough|allocate) memory", str(error)):
             raise
         fail(f"there is not enough memory ({one_line(error)}); lower --num-envs, --num-steps or --hidden-size")
 

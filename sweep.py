@@ -214,8 +214,12 @@ def read_script(script: Path) -> tuple:
 
     add_fields("Args")
     for node in tree.body:
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "FREE_ARGUMENTS":
-            free = ast.literal_eval(node.value)
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+        if "FREE_ARGUMENTS" in [target and ast.unparse(target) for target in targets]:
+            try:
+                free = ast.literal_eval(node.value if isinstance(node, (ast.Assign, ast.AnnAssign)) else None)
+            except ValueError:
+                fail(f"the grid's script {script}: FREE_ARGUMENTS must be written out as one tuple of names", 2)
     return arguments, free
 
 
@@ -283,7 +287,7 @@ def run_name(script: Path, arguments: dict, free: tuple, settings: dict, swept: 
     It depends on the run alone, not on what else is in the grid: what differs from its default is named, swept or not.
     """
     algorithm = script.stem.removesuffix("_procgen")
-    parts = {"env_id": "", "distribution_mode": "-", "num_levels": "-", "learning_rate": f"-{algorithm}-lr"}
+    parts = {"env_id": "", "distribution_mode": "-", "num_levels": "-", "": f"-{algorithm}", "learning_rate": "-lr"}
     parts |= {"update_epochs": "-epoch", "num_minibatches": "-mb", "vf_coef": "-v", "ent_coef": "-ha"}
     named = [name for name, (_, default) in arguments.items() if settings[name] != default]
     named = [name for name in named if name not in free or name in swept]
@@ -291,7 +295,8 @@ def run_name(script: Path, arguments: dict, free: tuple, settings: dict, swept: 
         parts, named = {"xpid": ""}, swept
     named = [name for name in named if name not in (*parts, "seed", "xpid")]
     parts |= {name: f"-{name}" for name in named}
-    return quote("".join(f"{part}{settings[name]}" for name, part in parts.items() if name in arguments), safe="+")
+    values = {**{name: settings[name] for name in arguments}, "": ""}
+    return quote("".join(f"{part}{values[name]}" for name, part in parts.items() if name in values), safe="+")
 
 
 def expand(args: Args, path: Path) -> list:

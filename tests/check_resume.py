@@ -12,6 +12,7 @@ import csv
 import json
 import multiprocessing
 import os
+import re
 import runpy
 import signal
 import sys
@@ -55,8 +56,10 @@ MOMENTS = (
 
 
 def command(script: Path, arguments: list) -> list:
-    given = {argument.split("=")[0].lstrip("-").replace("_", "-") for argument in arguments}
-    sizes = [word for name, value in SIZES.items() if name not in given for word in (f"--{name}", str(value))]
+    left_alone = {argument.split("=")[0].lstrip("-").replace("_", "-") for argument in arguments}
+    source = script.read_text()  # a fork may do without an argument
+    left_alone |= {name for name in SIZES if not re.search(rf"^ +{name.replace('-', '_')}:", source, re.MULTILINE)}
+    sizes = [word for name, value in SIZES.items() if name not in left_alone for word in (f"--{name}", str(value))]
     return [str(script.resolve()), *sizes, *arguments, "--resume"]
 
 

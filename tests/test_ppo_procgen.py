@@ -557,9 +557,14 @@ def test_a_copy_is_another_algorithm(tmp_path):
 
 def test_a_fork_may_do_without_an_argument():
     fields = {**vars(ppo_procgen.Args(xpid="x")), "my_width": 3}
-    for name in ("hidden_size", "target_kl"):
+    for name in ("hidden_size", "target_kl", "num_minibatches", "norm_adv", "anneal_lr", "learning_rate"):
         del fields[name]
     ppo_procgen.check_args(SimpleNamespace(**fields))
+
+
+def test_the_algorithm_stands_in_the_name_without_a_learning_rate(tmp_path):
+    copy = fork(tmp_path, ("    learning_rate: float = 5e-4", "    step_size: float = 5e-4"))
+    assert copy.default_xpid(copy.Args()) == "coinrun-easy-200-ppo_drac-epoch3-mb8-v0.5-ha0.01_0"
 
 
 def test_a_copy_does_not_go_on_with_its_parents_run_nor_the_other_way_round(uninterrupted, tmp_path):

@@ -7,10 +7,13 @@ import re
 import shutil
 import signal
 import subprocess
+import zlib
+from collections import Counter, defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
+import gym
 import numpy as np
 import pytest
 import torch
@@ -34,6 +37,7 @@ from conftest import (
 )
 
 import ppo_procgen
+from ppo_procgen import Args, ProcgenVectorEnv
 
 
 @pytest.fixture(scope="module")
@@ -112,14 +116,108 @@ def test_a_resumed_run_has_every_piece_of_its_state(dodgeball, tmp_path, monkeyp
     assert not differences(load(run / "rolling" / "model.pt"), before)
 
 
+def restored(tmp_path, x, fresh):
+    """What a new process makes of x: freeze, a file, thaw into what that process has made afresh."""
+    torch.save(ppo_procgen.freeze(x), tmp_path / "state.pt")
+    return ppo_procgen.thaw(torch.load(tmp_path / "state.pt", weights_only=True), fresh)
+
+
 def test_a_random_generator_of_a_wrapper_is_saved_and_restored(tmp_path):
     wrapper = SimpleNamespace(rng=np.random.default_rng(7), steps=3)
     wrapper.rng.integers(10, size=5)
-    torch.save(ppo_procgen.freeze(wrapper), tmp_path / "state.pt")
-    expected = wrapper.rng.random(4)
-    other = SimpleNamespace(rng=np.random.default_rng(0), steps=0)
-    ppo_procgen.thaw(torch.load(tmp_path / "state.pt", weights_only=True), other)
-    assert np.array_equal(other.rng.random(4), expected) and other.steps == 3
+    other = restored(tmp_path, wrapper, SimpleNamespace(rng=np.random.default_rng(0), steps=0))
+    assert np.array_equal(other.rng.random(4), wrapper.rng.random(4)) and other.steps == 3
+
+
+def test_what_lies_in_lists_tuples_and_dicts_is_restored_in_its_own_way(tmp_path):
+    def carry():
+        return SimpleNamespace(
+            frames=[deque(maxlen=2) for _ in range(2)],
+            networks={"rnd": torch.nn.Linear(2, 2)},
+            generators=(np.random.default_rng(1), torch.nn.Linear(2, 2)),
+            visits=Counter({"start": 1}),
+            seen=defaultdict(int),
+        )
+
+    before, fresh = carry(), carry()
+    before.frames[1].extend([1, 2, 3])
+    before.generators[0].random(5)
+    del before.visits["start"]
+    before.visits.update({np.int64(7): 2})  # of a level seed
+    before.seen[3, "left"] += 1
+    network = fresh.networks["rnd"]
+    after = restored(tmp_path, before, fresh)
+    assert after.frames == before.frames and after.frames[0].maxlen == 2
+    assert after.networks["rnd"] is network and same(network.state_dict(), before.networks["rnd"].state_dict())
+    assert after.generators[0].random() == before.generators[0].random()
+    assert same(after.generators[1].state_dict(), before.generators[1].state_dict())
+    assert after.visits == before.visits and after.seen == before.seen and after.seen["new"] == 0
+
+
+def test_a_learnt_tensor_stays_the_one_that_its_optimizer_holds(tmp_path):
+    def carry():
+        alpha = torch.nn.Parameter(torch.zeros(1))
+        return SimpleNamespace(alpha=alpha, optimizer=torch.optim.Adam([alpha]))
+
+    before, fresh = carry(), carry()
+    before.alpha.data.fill_(2.0)
+    after = restored(tmp_path, before, fresh)
+    assert after.alpha.item() == 2.0 and after.alpha.requires_grad
+    assert after.alpha is after.optimizer.param_groups[0]["params"][0]
+
+
+def test_what_a_wrapper_was_given_is_not_its_state(tmp_path):
+    """The arguments of the process that goes on count, not those of the one before."""
+    before = SimpleNamespace(args=Args(log_interval=5), device=torch.device("cpu"), space=gym.spaces.Discrete(2), n=1)
+    given = SimpleNamespace(args=Args(log_interval=1), device=torch.device("cpu"), space=gym.spaces.Discrete(2), n=0)
+    after = restored(tmp_path, before, given)
+    assert after.n == 1 and after.args.log_interval == 1 and after.device is given.device
+
+
+def test_keys_that_could_not_be_read_again_are_refused():
+    with pytest.raises(TypeError, match=r"state\.visits has keys of type \w*Path"):
+        ppo_procgen.freeze(SimpleNamespace(visits={Path("x"): 1}).visits, ".visits")
+
+
+def test_a_wrapper_beside_the_recorder_is_saved_and_a_run_may_stop_recording(tmp_path):
+    class Inner(gym.Wrapper):
+        def __init__(self, envs):
+            super().__init__(envs)
+            self.bonus = 0.0
+
+    def make(recorded):
+        envs = Inner(ProcgenVectorEnv(2, "bossfight", "easy", 0, 200, 0))
+        return ppo_procgen.RecordGames(envs) if recorded else envs
+
+    before = make(recorded=True)
+    before.env.bonus = 3.0
+    before.reset()
+    before.step(np.array([3, 5]))
+    frames = before.unwrapped.games.observe()[1]["rgb"]
+    recording, plain = (restored(tmp_path, before, make(recorded)) for recorded in (True, False))
+    for inner in (recording.env, plain):
+        assert inner.bonus == 3.0 and np.array_equal(inner.unwrapped.games.observe()[1]["rgb"], frames)
+    checksum = zlib.crc32(frames)
+    before.step(np.array([0, 0]))
+    assert before.take_steps()["checksums"][1] == checksum
+
+
+def test_a_wrapper_that_takes_other_steps_than_the_policy_cannot_be_recorded():
+    run = SimpleNamespace()
+    with pytest.raises(ValueError, match="--save-dataset does not fit"):
+        ppo_procgen.Run.record(run, {"actions": np.zeros((32, 4))}, torch.zeros(16, 4))
+
+
+def test_files_that_others_are_writing_in_a_run_are_left_alone(uninterrupted, tmp_path):
+    """A collection's, in test_dataset/; those of the run itself are leftovers, as its lock is held."""
+    shutil.copytree(uninterrupted, tmp_path / "run")
+    run = run_dir(tmp_path / "run")
+    theirs, ours = run / "test_dataset" / "0.75" / ".x.npz.tmp", run / "checkpoint" / ".model_3_1.00.pt.tmp"
+    theirs.parent.mkdir(parents=True)
+    for path in (theirs, ours):
+        path.write_bytes(b"half")
+    assert train(tmp_path / "run", "--resume").returncode == 0
+    assert theirs.exists() and not ours.exists()
 
 
 def test_a_signal_saves_and_exits_75(uninterrupted, tmp_path):
