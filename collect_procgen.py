@@ -98,6 +98,12 @@ class Args:
     cuda: bool = True  # use the GPU if there is one
 
 
+# Arguments that may be others when a dataset is continued or extended. One of a fork's own may not unless it is added.
+FREE_ARGUMENTS = (
+    "checkpoint", "ratio", "ratio_checkpoint_dir", "ratio_dataset_dir", "render", "verify", "agent_from", "seed",
+    "total_timesteps", "num_episodes", "num_envs", "capacity", "save_dataset", "dataset_saving_dir", "save_interval",
+    "preview", "iterations", "other_build", "video", "video_path", "cuda",
+)  # fmt: skip
 MAX_LEVEL = 2**31 - 1  # level seeds are int32
 TIME_LIMITS = {"bigfish": 6000, "bossfight": 4000, "plunder": 4000, "leaper": 500, "maze": 500}  # steps; others 1000
 # Here something survives a reset, so that a level seed does not decide how an episode goes: a fresh dodgeball shows
@@ -360,6 +366,7 @@ def collect(args: Args, path: Path, state: dict, folder: Path | None, chosen: di
     agent = load_agent(args, state, path).to(device)
     made_with = {
         "kind": "episodes" if args.frames else "recording",
+        "collector": SCRIPT,
         **{name: getattr(args, name) for name in LEVELS},
         "args": asdict(args),
         "checkpoint": str(path),
@@ -502,7 +509,7 @@ RANGES = {
 EPISODE_NAME = re.compile(r"(\d{8}T\d{6})_(\d+)_(\d+)_(\d+)_(-?\d+\.\d\d)\.npz")
 EVALUATED = re.compile(r"model_(\d+_)?-?\d+\.\d\d\.pt")  # other files in a run are the user's
 # One dataset has one of each, also one build of Procgen: the two builds draw differently.
-ONE_DATASET = (*LEVELS, "kind", "checkpoint_sha256", "agent_from", "procgen")
+ONE_DATASET = (*LEVELS, "kind", "collector", "checkpoint_sha256", "agent_from", "procgen")
 ONE_DATASET += ("rendered_from", "rendered_steps", "iterations")
 COUNTS = ("episodes", "steps", "return_mean", "return_std", "return_min", "return_max", "episodes_sha256")
 ONLY = {  # what goes with a flag that is no collection
@@ -529,7 +536,10 @@ def fail(message: str, code: int = 1) -> NoReturn:
 
 
 class Unfit(Exception):
-    """A checkpoint that cannot be rolled out: the reason and the exit code. With --ratio the others go on."""
+    """A checkpoint that cannot be rolled out: the reason and the exit code, 0 if nothing is wrong with it.
+
+    With --ratio the others go on.
+    """
 
 
 def require(args: Args, condition: bool, name: str, wanted: str) -> None:
@@ -798,6 +808,7 @@ def load_agent(args: Args, state: dict, path: Path) -> nn.Module:
     try:
         agent = agent_class(SimpleNamespace(**state["args"]))
         agent.load_state_dict(state["model_state_dict"])
+        agent.eval()  # this network has no layers to which it matters, but yours may
     except Exception as error:  # depends on what is in the file
         raise Unfit(f"checkpoint {path} does not fit the network: {one_line(error)}", 1) from None
     try:
@@ -975,6 +986,10 @@ class Dataset:
                 differs = f"whose {name} is {there.get(name)}, not {here.get(name)}"
                 fail(f"{self.folder} holds a dataset {differs}; choose another folder", 2)
         rendered = self.args.render is not None
+        for name in asked["args"].keys() - set(FREE_ARGUMENTS) if not rendered else ():
+            then, now = found["args"].get(name, "absent"), asked["args"][name]
+            if then != now:
+                fail(f"{self.folder} was collected with {name} {then}, not {now}; choose another folder", 2)
         if not found["complete"]:
             for name in () if rendered else ("total_timesteps", "num_episodes", "num_envs", "seed"):
                 if found["args"][name] != asked["args"][name]:
@@ -1155,6 +1170,7 @@ def choose_checkpoints(args: Args) -> tuple:
     Returns these and the number of runs that were skipped because something in them is wrong.
     """
     root, jobs, odd = Path(args.ratio_checkpoint_dir) / args.env_id, [], 0
+    trained_by = Path(args.agent_from or AGENT_OF).name
     if not root.is_dir():
         fail(f"{root} does not exist; --ratio-checkpoint-dir and --env-id say where the runs are")
 
@@ -1164,6 +1180,9 @@ def choose_checkpoints(args: Args) -> tuple:
         for path, state in states:
             if state["args"]["env_id"] != args.env_id:
                 raise Unfit(f"checkpoint {path} is one of {state['args']['env_id']}", 1)
+            if state["script"] != trained_by:
+                way_out = f"--agent-from {state['script']} collects from the runs of that script"
+                raise Unfit(f"it is a run of {state['script']}, not of {trained_by}; {way_out}", 0)
             load_agent(args, state, path)
         return [(path, state) for path, state in states if state["test_return"] is not None]
 
@@ -1172,8 +1191,9 @@ def choose_checkpoints(args: Args) -> tuple:
         try:
             final, archived = load(run, "final"), load(run, "checkpoint") if args.ratio != 1 else []
         except Unfit as error:
-            print(f"{run} is skipped: {error.args[0]}")
-            odd += 1
+            reason, code = error.args
+            print(f"{run} is skipped: {reason}")
+            odd += code != 0
             continue
         if not final or (args.ratio != 1 and not archived):
             print(f"{run} is skipped: it has no {'archived' if final else 'final'} checkpoint")

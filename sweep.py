@@ -190,7 +190,8 @@ def find(path: str) -> Path:
 def read_script(script: Path) -> tuple:
     """Read a script without running it: {name: (annotation, default)} of the fields of Args, and its FREE_ARGUMENTS.
 
-    The latter have no part in the result, so they stand in a run's name only if they are swept.
+    The latter have no part in the result, so they stand in a run's name only if they are swept. What agent_from is by
+    default, AGENT_OF says.
     """
     try:
         tree = ast.parse(read_file(script, "the grid's script"), str(script))
@@ -215,11 +216,15 @@ def read_script(script: Path) -> tuple:
     add_fields("Args")
     for node in tree.body:
         targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
-        if "FREE_ARGUMENTS" in [target and ast.unparse(target) for target in targets]:
+        for name in {"FREE_ARGUMENTS", "AGENT_OF"} & {ast.unparse(target) for target in targets if target}:
             try:
-                free = ast.literal_eval(node.value if isinstance(node, (ast.Assign, ast.AnnAssign)) else None)
+                value = ast.literal_eval(node.value if not isinstance(node, ast.AugAssign) else node)
             except ValueError:
-                fail(f"the grid's script {script}: FREE_ARGUMENTS must be written out as one tuple of names", 2)
+                fail(f"the grid's script {script}: {name} must be written out in one piece", 2)
+            if name == "FREE_ARGUMENTS":
+                free = value
+            elif "agent_from" in arguments:
+                arguments["agent_from"] = (arguments["agent_from"][0], value)
     return arguments, free
 
 
@@ -431,6 +436,8 @@ def collection_progress(settings: dict) -> Progress:
     needs = ("final",) if settings["ratio"] == 1 else ("final", "checkpoint")  # other runs are skipped by the script
     runs = sorted(Path(settings["ratio_checkpoint_dir"], settings["env_id"]).glob("*/"))
     runs = [run for run in runs if all(any(run.glob(f"{name}/*.pt")) for name in needs)]
+    if source := settings.get("agent_from"):  # a run has a copy of the script that made it
+        runs = [run for run in runs if (run / Path(source).name).exists()]
     folders = [run / settings["ratio_dataset_dir"] / str(settings["ratio"]) for run in runs]
     parts = [dataset_progress(folder, settings) for folder in folders] or [Progress("not started")]
     states = {part.state for part in parts}

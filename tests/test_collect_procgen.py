@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import types
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -415,7 +416,7 @@ def test_an_odd_run_is_skipped_and_the_others_are_collected(starpilot, tmp_path)
     arguments = ["--env-id", "starpilot", "--ratio-checkpoint-dir", str(tmp_path), "--num-episodes", "2"]
     process = run_main(collect_procgen, [*arguments, "--num-envs", "2", "--no-cuda", "--ratio", "0.5"], tmp_path)
     assert process.returncode == 1
-    assert_one_line(process.stderr, "4 runs were skipped")
+    assert_one_line(process.stderr, "3 runs were skipped")  # nothing is wrong with another script's
     skipped = [line for line in process.stdout.splitlines() if "is skipped" in line]
     reasons = {"truncated_1": "is damaged", "fork_2": "ppo_drac_procgen.py", "misfit_3": "does not fit"}
     reasons["foreign_4"] = "is one of miner"
@@ -426,7 +427,7 @@ def test_an_odd_run_is_skipped_and_the_others_are_collected(starpilot, tmp_path)
     assert [path.parts[-4] for path in root.glob("*/test_dataset/0.5/metadata.json")] == ["good_0"]
     # the final checkpoint alone is read for a ratio of 1
     process = run_main(collect_procgen, [*arguments, "--num-envs", "2", "--no-cuda", "--ratio", "1.0"], tmp_path)
-    assert "3 runs were skipped" in process.stderr
+    assert "2 runs were skipped" in process.stderr
     assert {path.parts[-4] for path in root.glob("*/test_dataset/1.0/metadata.json")} == {"good_0", "truncated_1"}
 
 
@@ -522,14 +523,26 @@ def test_a_network_that_needs_more_than_a_frame_is_one_line_before_anything_is_w
 
 
 def test_of_many_runs_those_of_the_named_network_are_collected(elu, starpilot, tmp_path):
+    """By the name of the script: another loss has the network of its parent."""
     root = tmp_path / "models" / "starpilot"
-    for name, checkpoint in (("fork", elu[1]), ("parent", starpilot)):
-        shutil.copytree(checkpoint.parent, root / name / "final")
+    loss = tmp_path / "ppo_loss_procgen.py"
+    shutil.copy(ROOT / "ppo_procgen.py", loss)
+    torch.save({**torch.load(starpilot, weights_only=True), "script": loss.name}, tmp_path / starpilot.name)
+    for name, checkpoint in (("elu", elu[1]), ("loss", tmp_path / starpilot.name), ("parent", starpilot)):
+        (root / name / "final").mkdir(parents=True)
+        shutil.copy(checkpoint, root / name / "final")
     options = "--ratio 1.0 --env-id starpilot --num-episodes 1 --num-envs 1 --no-cuda".split()
-    process = run_main(collect_procgen, [*options, "--agent-from", str(elu[0])], tmp_path)
-    assert process.returncode == 1
-    assert [path.parts[-4] for path in root.glob("*/test_dataset/1.0/metadata.json")] == ["fork"]
-    assert "parent is skipped" in process.stdout and "was written by ppo_procgen.py" in process.stdout
+    collected = set()
+    for name, agent_from in (
+        ("elu", ["--agent-from", str(elu[0])]),
+        ("loss", ["--agent-from", str(loss)]),
+        ("parent", []),
+    ):
+        process = run_main(collect_procgen, [*options, *agent_from], tmp_path)
+        assert process.returncode == 0, process.stderr
+        collected.add(name)
+        assert {path.parts[-4] for path in root.glob("*/test_dataset/1.0/metadata.json")} == collected
+    assert f"{root.relative_to(tmp_path) / 'elu'} is skipped: it is a run of ppo_elu_procgen.py" in process.stdout
 
 
 def test_zeros_for_log_probs_are_noticed_with_the_checkpoint_only(dataset, starpilot, tmp_path):
@@ -552,6 +565,27 @@ def test_a_copy_speaks_under_its_own_name(tmp_path):
     command = [sys.executable, "collect_mine_procgen.py", "--ratio", "2", "--env-id", "miner"]
     process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert process.returncode == 2 and process.stderr.startswith("collect_mine_procgen.py: error: --ratio")
+
+
+def test_what_a_fork_of_the_collector_plays_is_not_mixed_with_other_episodes(starpilot, tmp_path, monkeypatch):
+    """By its own name, and by the value of an argument of its own."""
+
+    @dataclass
+    class Args(collect_procgen.Args):
+        epsilon: float = 0.0
+
+    folder, plain = tmp_path / "d", collect_procgen.Args
+    assert collect(folder, starpilot, "--num-episodes", "2").returncode == 0
+    monkeypatch.setattr(collect_procgen, "Args", Args)
+    process = collect(folder, starpilot, "--num-episodes", "4", "--epsilon", "0.3")
+    assert process.returncode == 2
+    assert_one_line(process.stderr, "was collected with epsilon absent, not 0.3")
+    monkeypatch.setattr(collect_procgen, "Args", plain)
+    monkeypatch.setattr(collect_procgen, "SCRIPT", "collect_mine_procgen.py")
+    process = collect(folder, starpilot, "--num-episodes", "4")
+    assert process.returncode == 2
+    assert_one_line(process.stderr, "whose collector is collect_procgen.py, not collect_mine_procgen.py")
+    assert len(episodes(folder)) == 2
 
 
 def test_nothing_but_episodes_stands_in_their_folder_while_a_collection_runs(starpilot, tmp_path):

@@ -245,6 +245,15 @@ def test_a_forks_own_arguments_are_known_and_its_code_is_not_run(tmp_path):
     assert lines[0].endswith("-ha0.01_0") and lines[1].endswith("-bonus0.2_0")
 
 
+@pytest.mark.parametrize("change", ['FREE_ARGUMENTS += ("x",)', 'FREE_ARGUMENTS = FREE_ARGUMENTS + ("x",)'])
+def test_free_arguments_that_are_not_written_out_are_one_line(change, tmp_path):
+    source = PROJECT.joinpath("ppo_procgen.py").read_text()
+    script = write_script(tmp_path, f"{source}\n{change}\n", "ppo_procgen.py")
+    result = run_sweep(tmp_path, write_grid(tmp_path, {"gamma": [0.9]}, script))
+    assert result.returncode == 2
+    assert_one_line(result.stderr, "FREE_ARGUMENTS must be written out")
+
+
 def test_inherited_arguments_count(tmp_path):
     script = PROJECT.joinpath("ppo_procgen.py").read_text().replace("class Args:", "class Base:")
     script += "\n\n@dataclass\nclass Args(Base):\n    bonus: float = 0.1\n    gamma: float = 0.9\n"
@@ -601,7 +610,12 @@ def test_a_sweep_that_runs_here_is_stopped_and_goes_on_and_status_follows_it(tmp
     assert again.returncode == 0 and "is finished" not in again.stdout
     assert not commands(tmp_path, *options, "--only-missing")
 
-    # The collection from these runs.
+    # The collection from these runs; another script's are left out, as they are by the script.
+    (run,) = tmp_path.glob("models/leaper/*/")
+    shutil.copytree(run, run.with_name("another"))
+    (run.with_name("another") / "ppo_procgen.py").rename(run.with_name("another") / "ppo_mine_procgen.py")
+    for path in run.with_name("another").glob("*/*.pt"):
+        torch.save({**torch.load(path, weights_only=True), "script": "ppo_mine_procgen.py"}, path)
     grid = {
         "env_id": ["leaper"],
         "ratio": [1.0, 0.75],
