@@ -369,7 +369,7 @@ def test_what_ends_a_run_early_saves_its_last_iteration_first(uninterrupted, tmp
             raise KeyError("a mistake in a fork")
         return gae(*args)
 
-    often = ("--log-interval", "100", "--archive-interval", "100")
+    often = ("--log-interval", "100", "--archive-interval", "100", "--save-dataset")
     with monkeypatch.context() as patch, pytest.raises(KeyError):
         patch.setattr(ppo_procgen, "compute_gae", broken)
         train(tmp_path, *often)
@@ -382,16 +382,25 @@ def test_what_ends_a_run_early_saves_its_last_iteration_first(uninterrupted, tmp
     assert_one_line(process.stderr, "training diverged in iteration 4", "--learning-rate")
     assert load(run_dir(tmp_path) / "rolling" / "model.pt")["iteration"] == 3
 
-    def full(path, state):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+    write_table = ppo_procgen.Run.write_table
+
+    def full(run):
+        if len(run.rows) > 3:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(run.table))
+        write_table(run)
 
     with monkeypatch.context() as patch:
-        patch.setattr(ppo_procgen.Run, "write_table", lambda run: full(run.table, None))
+        patch.setattr(ppo_procgen.Run, "write_table", full)
         process = train(tmp_path, *often, "--resume")
     assert process.returncode == 1
     assert_one_line(process.stderr, "progress.csv could not be used: No space left on device")
     assert train(tmp_path, "--resume", *often).returncode == 0
     assert same(final(tmp_path)["model_state_dict"], final(uninterrupted)["model_state_dict"])
+    recorded = 0
+    for path in sorted(run_dir(tmp_path).glob("rollouts/*.npz")):
+        assert path.name == f"0_0_{recorded:08d}.npz"
+        recorded += len(np.load(path)["actions"])
+    assert recorded == 6 * 16
 
 
 def test_a_reader_that_has_gone_is_not_a_full_disk(tmp_path):
