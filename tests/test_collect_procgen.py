@@ -137,9 +137,17 @@ def test_the_budget_is_reached(starpilot, tmp_path):
 
 
 def test_a_number_of_episodes_is_a_quota_per_game(starpilot, tmp_path):
-    """With seven episodes of three games, the first game plays three, the others two: whatever their lengths."""
+    """With seven episodes of three games, the first game plays three, the others two, told by their levels."""
     assert collect(tmp_path / "d", starpilot, "--num-episodes", "7", num_envs=3).returncode == 0
-    assert len(episodes(tmp_path / "d")) == 7
+    expected = []
+    for stream, quota in zip(metadata(tmp_path / "d")["segments"][0]["streams"], ([3, 2], [2]), strict=True):
+        games = ProcgenGym3Env(
+            len(quota), "starpilot", num_levels=200, distribution_mode="easy", rand_seed=stream["seed"]
+        )
+        for t in range(3):
+            expected += [info["level_seed"] for info, n in zip(games.get_info(), quota) if t < n]
+            games.act(np.full(len(quota), -1))  # a reset
+    assert sorted(episode["level_seed"] for _, episode in episodes(tmp_path / "d").values()) == sorted(expected)
     assert collect(tmp_path / "few", starpilot, "--num-episodes", "2", num_envs=4).returncode == 0
     assert len(episodes(tmp_path / "few")) == 2
 
@@ -329,19 +337,27 @@ def test_two_collections_into_one_folder(starpilot, tmp_path):
 # EVALUATION
 
 
-def test_an_evaluation_prints_and_writes_nothing(starpilot, tmp_path):
-    options = "--no-save-dataset --num-episodes 20 --num-envs 4 --start-level 200 --num-levels 0 --no-cuda".split()
+def test_an_evaluation_plays_what_a_collection_would_and_writes_nothing(dataset, starpilot, tmp_path):
+    options = "--no-save-dataset --num-episodes 12 --num-envs 4 --no-cuda".split()
     output = run_main(collect_procgen, ["--checkpoint", str(starpilot), *options], tmp_path).stdout
-    for line in (
-        "episodes            20,",
-        "mean return",
-        "standard error",
-        "normalised return",
-        "levels seen",
-        "steps/s",
-    ):
-        assert line in output
+    found = metadata(dataset)
+    assert f"episodes            12, {found['steps']:,} steps" in output
+    assert f"mean return         {found['return_mean']:.2f} +-" in output
     assert not list(tmp_path.iterdir())
+
+
+def test_a_summary_is_that_of_the_episodes(capsys):
+    summary = [(10.0, 5, True, 3), (0.0, 15, False, 3), (4.0, 1000, False, 8)]
+    collect_procgen.print_summary({"env_id": "coinrun", "distribution_mode": "easy"}, summary, 99.6)
+    assert capsys.readouterr().out.splitlines() == [
+        "episodes            3, 1,020 steps, 100 steps/s",
+        "mean return         4.67 +- 2.91 (standard error)",
+        "median, min, max    4.00, 0.00, 10.00",
+        "normalised return   -0.067 (0 is 5, 1 is 10)",
+        "mean length         340.0",
+        "levels completed    33.3 %",
+        "levels seen         2",
+    ]
 
 
 def test_levels_can_be_chosen(starpilot, tmp_path):
