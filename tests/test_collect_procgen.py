@@ -641,6 +641,34 @@ def test_the_budget_counts_what_was_played_when_a_half_acted_last():
 # BAD INPUT
 
 
+class Intruder:
+    """Leaves a folder named `intruded` behind when it is unpickled."""
+
+    def __reduce__(self):
+        return (os.mkdir, ("intruded",))
+
+
+@pytest.fixture(scope="module")
+def bad_files(starpilot, tmp_path_factory):
+    """A folder with damaged, foreign and hostile checkpoints, and files where folders or scripts are wanted."""
+    folder, good = tmp_path_factory.mktemp("bad"), torch.load(starpilot, weights_only=True)
+    (folder / "truncated.pt").write_bytes(starpilot.read_bytes()[:5000])
+    weights = {name: weight * float("nan") for name, weight in good["model_state_dict"].items()}
+    for name, state in {
+        "foreign": {"state_dict": {}},
+        "hostile": {**good, "extra": Intruder()},
+        "network": {**good, "model_state_dict": {}},
+        "nan": {**good, "model_state_dict": weights},
+        "sha": {key: value for key, value in good.items() if key != "script_sha256"},
+        "xpid": {**good, "xpid": ".."},
+        "return": {**good, "test_return": torch.zeros(2)},
+    }.items():
+        torch.save(state, folder / f"{name}.pt")
+    for name in ("a-file", "a-file.py"):
+        (folder / name).write_text("")
+    return folder
+
+
 @pytest.mark.parametrize(
     "arguments, code, message",
     [
@@ -688,33 +716,13 @@ def test_the_budget_counts_what_was_played_when_a_half_acted_last():
         ("--verify nowhere", 1, "nowhere/metadata.json cannot be read"),
     ],
 )
-def test_bad_input_is_one_line(arguments, code, message, starpilot, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    Path("truncated.pt").write_bytes(starpilot.read_bytes()[:5000])
-    torch.save({"state_dict": {}}, "foreign.pt")
-    torch.save({**torch.load(starpilot, weights_only=True), "extra": Intruder()}, "hostile.pt")
-    torch.save({**torch.load(starpilot, weights_only=True), "model_state_dict": {}}, "network.pt")
-    good = torch.load(starpilot, weights_only=True)
-    weights = {name: weight * float("nan") for name, weight in good["model_state_dict"].items()}
-    torch.save({**good, "model_state_dict": weights}, "nan.pt")
-    torch.save({key: value for key, value in good.items() if key != "script_sha256"}, "sha.pt")
-    torch.save({**good, "xpid": ".."}, "xpid.pt")
-    torch.save({**good, "test_return": torch.zeros(2)}, "return.pt")
-    Path("a-file").write_text("")
-    Path("a-file.py").write_text("")
+def test_bad_input_is_one_line(arguments, code, message, starpilot, bad_files, monkeypatch):
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
-    before = sorted(tmp_path.rglob("*"))
-    process = run_main(collect_procgen, arguments.replace("CHECKPOINT", str(starpilot)).split(), tmp_path)
+    before = sorted(bad_files.rglob("*"))
+    process = run_main(collect_procgen, arguments.replace("CHECKPOINT", str(starpilot)).split(), bad_files)
     assert process.returncode == code
     assert_one_line(process.stderr, message)
-    assert sorted(tmp_path.rglob("*")) == before
-
-
-class Intruder:
-    """Leaves a folder named `intruded` behind when it is unpickled."""
-
-    def __reduce__(self):
-        return (os.mkdir, ("intruded",))
+    assert sorted(bad_files.rglob("*")) == before
 
 
 def test_a_full_disk_is_one_line_and_no_partial_file(starpilot, tmp_path):
