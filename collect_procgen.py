@@ -611,9 +611,14 @@ def stop_if_asked() -> None:
         raise Stopped(signal.Signals(signals_received[0]).name)
 
 
-def exit_stopped() -> NoReturn:
-    for stop_signal in STOP_SIGNALS:  # Slurm sends two, and the second must not find Python without its handlers
+def ignore_signals() -> None:
+    """Once all is saved: while Python ends, it has no handlers any more, and a signal would change the exit code."""
+    for stop_signal in STOP_SIGNALS:
         signal.signal(stop_signal, signal.SIG_IGN)
+
+
+def exit_stopped() -> NoReturn:
+    ignore_signals()
     sys.exit(EXIT_STOPPED)
 
 
@@ -1502,6 +1507,7 @@ def main() -> None:
     except (OSError, MemoryError) as error:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         fail(f"{folder} could not be written: {reason}; it is incomplete, and the same command continues it")
+    ignore_signals()
     if odd:
         fail(f"{odd} runs were skipped, as something in them is wrong; the others are collected")
 

@@ -565,6 +565,12 @@ def stop_if_asked() -> None:
         raise Stopped(signal.Signals(signals_received[0]).name)
 
 
+def ignore_signals() -> None:
+    """Once all is saved: while Python ends, it has no handlers any more, and a signal would change the exit code."""
+    for stop_signal in STOP_SIGNALS:
+        signal.signal(stop_signal, signal.SIG_IGN)
+
+
 # STATE
 
 
@@ -928,6 +934,7 @@ class Run:
         if self.args.save_dataset:  # first, as with its final checkpoint a run is finished
             self.describe_recording(complete=True)
         path = self.write_evaluated("final", "model_", test_return)
+        ignore_signals()
         self.bar.close()
         self.writer.close()
         self.held.release()
@@ -945,8 +952,7 @@ class Run:
         self.save()
         saved = f"saved after iteration {self.iteration}; the same command with --resume continues"
         print(f"stopped by {error}, {saved}", flush=True)
-        for stop_signal in STOP_SIGNALS:  # Slurm sends two, and the second must not find Python without its handlers
-            signal.signal(stop_signal, signal.SIG_IGN)
+        ignore_signals()
         sys.exit(EXIT_STOPPED)
 
     def keep(self, test_return: float | None) -> None:

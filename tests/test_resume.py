@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 import subprocess
+import sys
 import zlib
 from collections import Counter, defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor
@@ -240,6 +241,24 @@ def test_a_signal_saves_and_exits_75(uninterrupted, tmp_path):
         assert 1 <= saved < 6 and len(progress(folder)) == saved
         assert train(folder, "--resume").returncode == 0
         assert_same_run(folder, uninterrupted)
+
+
+LATE = """
+import os, runpy, signal, sys
+class Late:
+    def __del__(self, kill=os.kill, pid=os.getpid(), signum=signal.SIGTERM):
+        kill(pid, signum)
+sys.late = Late()
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_a_signal_while_python_ends_does_not_make_a_finished_run_a_failed_one(tmp_path):
+    (tmp_path / "late.py").write_text(LATE)
+    command = [sys.executable, "late.py", SCRIPT[1], *SMALL, "--total-timesteps", "64"]
+    process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert process.returncode == 0 and "done: " in process.stdout, process.stderr
 
 
 def test_a_signal_while_pytorch_is_loading_exits_75(tmp_path):
