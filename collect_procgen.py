@@ -98,7 +98,7 @@ class Args:
     cuda: bool = True  # use the GPU if there is one
 
 
-# Arguments that may be others when a dataset is continued or extended. One of a fork's own may not unless it is added.
+# Arguments that may be others when a dataset is extended. One of a fork's own may not unless it is added.
 FREE_ARGUMENTS = (
     "checkpoint", "ratio", "ratio_checkpoint_dir", "ratio_dataset_dir", "render", "verify", "agent_from", "seed",
     "total_timesteps", "num_episodes", "num_envs", "capacity", "save_dataset", "dataset_saving_dir", "save_interval",
@@ -795,7 +795,7 @@ def agent_sha256(agent: type) -> str:
     """Hash of the source of all networks in the module of the class agent, as the training script takes it."""
     module = sys.modules[agent.__module__]
     networks = [x for x in vars(module).values() if inspect.isclass(x) and issubclass(x, nn.Module)]
-    source = "".join(inspect.getsource(x) for x in networks if x.__module__ == module.__name__)
+    source = "".join(inspect.getsource(x) for x in networks if x.__module__ == agent.__module__)
     return hashlib.sha256(source.encode()).hexdigest()
 
 
@@ -991,16 +991,14 @@ class Dataset:
                 differs = f"whose {name} is {there.get(name)}, not {here.get(name)}"
                 fail(f"{self.folder} holds a dataset {differs}; choose another folder", 2)
         rendered = self.args.render is not None
-        for name in asked["args"].keys() - set(FREE_ARGUMENTS) if not rendered else ():
-            then, now = found["args"].get(name, "absent"), asked["args"][name]
+        begun_with = set() if found["complete"] else {"total_timesteps", "num_episodes", "num_envs", "seed"}
+        free = set(FREE_ARGUMENTS) - begun_with
+        for name in (found["args"] | asked["args"]).keys() - free if not rendered else ():
+            then, now = (x["args"].get(name, "absent") for x in (found, asked))
             if then != now:
-                fail(f"{self.folder} was collected with {name} {then}, not {now}; choose another folder", 2)
+                way_out = "choose another folder" if found["complete"] else "repeat that command, as it is unfinished"
+                fail(f"{self.folder} was begun with --{name.replace('_', '-')} {then}, not {now}; {way_out}", 2)
         if not found["complete"]:
-            for name in () if rendered else ("total_timesteps", "num_episodes", "num_envs", "seed"):
-                if found["args"][name] != asked["args"][name]:
-                    flag, values = name.replace("_", "-"), f"{found['args'][name]}, not {asked['args'][name]}"
-                    way_out = "repeat that command to finish it, or choose another folder"
-                    fail(f"{self.folder} was begun with --{flag} {values}, and is unfinished: {way_out}", 2)
             self.before, self.segment, self.found = found["before"], len(found["segments"]) - 1, "unfinished"
         else:
             self.before, self.segment, self.found = {x: found[x] for x in COUNTS}, len(found["segments"]), "extensible"

@@ -480,10 +480,11 @@ def flag(name: str) -> str:
 
 def default_xpid(args: Args) -> str:
     """The name of a run. There is no clock in it: the same arguments name the same run."""
+    # What precedes each value. The algorithm has none.
     parts = {"env_id": "", "distribution_mode": "-", "num_levels": "-", "": f"-{ALGORITHM}", "learning_rate": "-lr"}
     parts |= {"update_epochs": "-epoch", "num_minibatches": "-mb", "vf_coef": "-v", "ent_coef": "-ha"}
     unnamed = (*parts, *FREE_ARGUMENTS, "seed")
-    values, defaults = {**asdict(args), "": ""}, {field.name: field.default for field in fields(args)}
+    values, defaults = {"": "", **asdict(args)}, {field.name: field.default for field in fields(args)}
     parts |= {name: f"-{name}" for name in values if name not in unnamed and values[name] != defaults[name]}
     words = [f"{part}{values[name]}" for name, part in parts.items() if name in values]
     return quote("".join(words) + f"_{args.seed}", safe="+")
@@ -644,24 +645,22 @@ def thaw(saved, x=None, name=""):
         if hasattr(type(x), put):
             getattr(x, put)(thaw(saved))
             return x
+    if isinstance(saved, (list, tuple)):  # what x has in the same places is restored in its own way
+        before = list(x) if isinstance(x, (list, tuple, deque)) and len(x) == len(saved) else [None] * len(saved)
+        values = [thaw(value, old, f"{name}[{i}]") for i, (value, old) in enumerate(zip(saved, before))]
+        return deque(values, x.maxlen) if isinstance(x, deque) else type(saved)(values)
     if isinstance(x, dict):
         values = {key: thaw(value, x.get(key), f"{name}.{key}") for key, value in saved.items()}
         x.clear(), x.update(values)
         return x
-    if hasattr(x, "__dict__") and not isinstance(x, (list, tuple, deque)):
+    if hasattr(x, "__dict__"):
         mine = attributes(x)
         for key in mine.keys() ^ saved.keys():
             raise KeyError(f"{name}.{key} is known to {'this script' if key in mine else 'the checkpoint'} only")
         for key, value in mine.items():
             setattr(x, key, thaw(saved[key], value, f"{name}.{key}"))
         return x
-    if isinstance(saved, dict):
-        return {key: thaw(value) for key, value in saved.items()}
-    if isinstance(saved, (list, tuple)):  # what x has in the same places is restored in its own way
-        before = list(x) if isinstance(x, (list, tuple, deque)) and len(x) == len(saved) else [None] * len(saved)
-        values = [thaw(value, old, f"{name}[{i}]") for i, (value, old) in enumerate(zip(saved, before))]
-        return deque(values, x.maxlen) if isinstance(x, deque) else type(saved)(values)
-    return saved
+    return {key: thaw(value) for key, value in saved.items()} if isinstance(saved, dict) else saved
 
 
 # FILES

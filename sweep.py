@@ -218,7 +218,7 @@ def read_script(script: Path) -> tuple:
         targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
         for name in {"FREE_ARGUMENTS", "AGENT_OF"} & {ast.unparse(target) for target in targets if target}:
             try:
-                value = ast.literal_eval(node.value if not isinstance(node, ast.AugAssign) else node)
+                value = ast.literal_eval(node if isinstance(node, ast.AugAssign) else node.value)
             except ValueError:
                 fail(f"the grid's script {script}: {name} must be written out in one piece", 2)
             if name == "FREE_ARGUMENTS":
@@ -300,8 +300,8 @@ def run_name(script: Path, arguments: dict, free: tuple, settings: dict, swept: 
         parts, named = {"xpid": ""}, swept
     named = [name for name in named if name not in (*parts, "seed", "xpid")]
     parts |= {name: f"-{name}" for name in named}
-    values = {**{name: settings[name] for name in arguments}, "": ""}
-    return quote("".join(f"{part}{values[name]}" for name, part in parts.items() if name in values), safe="+")
+    words = [f"{part}{settings.get(name, '')}" for name, part in parts.items() if name in ("", *arguments)]
+    return quote("".join(words), safe="+")
 
 
 def expand(args: Args, path: Path) -> list:

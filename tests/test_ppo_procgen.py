@@ -22,25 +22,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import runs
 import torch
-from conftest import (
-    DODGEBALL,
-    ROOT,
-    SCRIPT,
-    SMALL,
-    XPID,
-    assert_one_line,
-    assert_same_run,
-    final,
-    load,
-    progress,
-    run_dir,
-    run_main,
-    same,
-    scalars,
-    train,
-)
+from conftest import assert_one_line
 from procgen import ProcgenGym3Env
+from runs import ROOT, run_main
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.compat.tensorflow_stub.io.gfile import LocalFileSystem
 
@@ -157,12 +143,12 @@ def test_heads_start_with_a_near_uniform_policy_and_uint8_frames_are_scaled_to_o
 
 def test_the_gradient_summed_over_chunks_is_that_of_the_minibatch(tmp_path, monkeypatch):
     one = ("--total-timesteps", "64", "--max-grad-norm", "1e9")
-    assert train(tmp_path, *one, "--xpid", "whole").returncode == 0
+    assert runs.train(tmp_path, *one, "--xpid", "whole").returncode == 0
     monkeypatch.setattr(
         ppo_procgen, "frames_per_backward", lambda device: 10
     )  # of minibatches of 32: three of 10 and one of 2
-    assert train(tmp_path, *one, "--xpid", "chunks").returncode == 0
-    (whole,), (chunks,) = progress(tmp_path, "whole"), progress(tmp_path, "chunks")
+    assert runs.train(tmp_path, *one, "--xpid", "chunks").returncode == 0
+    (whole,), (chunks,) = runs.progress(tmp_path, "whole"), runs.progress(tmp_path, "chunks")
     for tag in whole:
         if tag.startswith("losses/"):
             assert float(chunks[tag]) == pytest.approx(float(whole[tag]), rel=1e-3, abs=1e-6), tag
@@ -253,7 +239,7 @@ def plain_ppo(num_iterations, lr=0.001, norm_adv=True, clip_vloss=True):
 
 def assert_is_plain_ppo(run, results):
     """The weights of a run's last iteration, and the rows of its progress.csv, are those of plain_ppo()."""
-    trained = load(run / "rolling" / "model.pt")["model_state_dict"]
+    trained = runs.load(run / "rolling" / "model.pt")["model_state_dict"]
     for name, expected in results[-1][0].items():
         torch.testing.assert_close(trained[name], expected, rtol=0, atol=5e-6)
     with open(run / "progress.csv") as file:
@@ -265,7 +251,7 @@ def assert_is_plain_ppo(run, results):
 
 def test_iterations_of_main_are_those_of_a_plain_ppo_loop(dodgeball, tmp_path):
     shutil.copytree(dodgeball, tmp_path / "run")
-    process = run_main(ppo_procgen, [*DODGEBALL, "--resume", "--total-timesteps", "480"], tmp_path / "run")
+    process = run_main(ppo_procgen, [*runs.DODGEBALL, "--resume", "--total-timesteps", "480"], tmp_path / "run")
     assert process.returncode == 0, process.stderr
     (run,) = (tmp_path / "run").glob("models/dodgeball/*")
     results = list(plain_ppo(3))
@@ -280,24 +266,24 @@ def test_iterations_of_main_are_those_of_a_plain_ppo_loop(dodgeball, tmp_path):
 def test_an_iteration_without_normalised_advantages_and_clipped_values_is_a_plain_one(tmp_path):
     """With a learning rate at which the unclipped value loss does not blow up what the last bits differ by."""
     one = "--learning-rate 0.0001 --no-norm-adv --no-clip-vloss --total-timesteps 160 --xpid x".split()
-    assert run_main(ppo_procgen, [*DODGEBALL, *one], tmp_path).returncode == 0
+    assert run_main(ppo_procgen, [*runs.DODGEBALL, *one], tmp_path).returncode == 0
     (run,) = tmp_path.glob("models/dodgeball/*")
     assert_is_plain_ppo(run, list(plain_ppo(1, 0.0001, norm_adv=False, clip_vloss=False)))
 
 
 def test_target_kl_ends_the_epochs_early(tmp_path):
     three_epochs = ("--update-epochs", "3", "--total-timesteps", "64", "--xpid", "x")
-    assert train(tmp_path, *three_epochs, "--target-kl", "1e-9").returncode == 0
-    steps = {int(moments["step"]) for moments in final(tmp_path, "x")["optimizer_state_dict"]["state"].values()}
+    assert runs.train(tmp_path, *three_epochs, "--target-kl", "1e-9").returncode == 0
+    steps = {int(moments["step"]) for moments in runs.final(tmp_path, "x")["optimizer_state_dict"]["state"].values()}
     assert steps == {2}  # one epoch of two minibatches instead of three
 
 
 def test_weights_that_the_last_step_ruined_are_noticed(tmp_path):
     one = "--learning-rate 1e30 --num-minibatches 1 --update-epochs 1 --total-timesteps 64 --xpid x".split()
-    process = train(tmp_path, *one)
+    process = runs.train(tmp_path, *one)
     assert process.returncode == 1
     assert_one_line(process.stderr, "training diverged in iteration 1")
-    assert load(run_dir(tmp_path, "x") / "rolling" / "model.pt")["iteration"] == 0
+    assert runs.load(runs.run_dir(tmp_path, "x") / "rolling" / "model.pt")["iteration"] == 0
 
 
 # THE GAMES
@@ -399,9 +385,11 @@ def test_evaluation_plays_one_episode_in_each_environment():
 
 def test_evaluation_is_repeatable_and_leaves_the_random_generator_alone():
     envs, device = ppo_procgen.make_test_envs(Args(env_id="bossfight", num_eval_episodes=3)), torch.device("cpu")
-    start, agent, before = envs.get_state(), Agent(Args(hidden_size=32)), torch.get_rng_state()
+    start, agent, before, modes = envs.get_state(), Agent(Args(hidden_size=32)), torch.get_rng_state(), set()
+    agent.network.register_forward_pre_hook(lambda network, _: modes.add(network.training))
     first = ppo_procgen.evaluate(agent, envs, start, 0, device)
     assert torch.equal(torch.get_rng_state(), before)
+    assert modes == {False} and agent.training  # as a fork's dropout wants it
     torch.rand(1)  # the training goes on
     second = ppo_procgen.evaluate(agent, envs, start, 0, device)
     assert all(map(np.array_equal, first, second))
@@ -411,19 +399,23 @@ def test_evaluation_is_repeatable_and_leaves_the_random_generator_alone():
 
 
 def test_files_and_names(uninterrupted):
-    files = [path.relative_to(run_dir(uninterrupted)) for path in run_dir(uninterrupted).rglob("*") if path.is_file()]
+    files = [
+        path.relative_to(runs.run_dir(uninterrupted))
+        for path in runs.run_dir(uninterrupted).rglob("*")
+        if path.is_file()
+    ]
     names = {str(path) for path in files if "tfevents" not in path.name}
-    archived = {path.name for path in run_dir(uninterrupted).glob("checkpoint/*")}
+    archived = {path.name for path in runs.run_dir(uninterrupted).glob("checkpoint/*")}
     assert {name.rsplit("_", 1)[0] for name in archived} == {f"model_{i}" for i in (1, 2, 3, 4, 6)}
-    (last,) = (path.name for path in run_dir(uninterrupted).glob("final/*"))
+    (last,) = (path.name for path in runs.run_dir(uninterrupted).glob("final/*"))
     checkpoints = {f"checkpoint/{name}" for name in archived} | {f"final/{last}", "rolling/model.pt"}
     assert names == checkpoints | {"progress.csv", ".lock", "ppo_procgen.py"} and len(files) == len(names) + 1
     for name in checkpoints - {"rolling/model.pt"}:
-        state = load(run_dir(uninterrupted) / name)
+        state = runs.load(runs.run_dir(uninterrupted) / name)
         iteration = int(re.search(r"model_(\d+)_", name)[1]) if "checkpoint" in name else 6
         assert float(re.search(r"_(-?\d+\.\d\d)\.pt$", name)[1]) == pytest.approx(state["test_return"], abs=0.005)
         assert (state["format"], state["iteration"], state["global_step"]) == (1, iteration, 64 * iteration)
-        assert state["xpid"] == XPID and state["args"]["env_id"] == "bossfight"
+        assert state["xpid"] == runs.XPID and state["args"]["env_id"] == "bossfight"
         assert set(state["args"]) == set(vars(Args()))
         assert set(state["versions"]) == {"python", "torch", "numpy", "procgen"}
         Agent(Args()).load_state_dict(state["model_state_dict"])
@@ -431,8 +423,8 @@ def test_files_and_names(uninterrupted):
 
 def test_a_run_keeps_the_source_that_made_it(uninterrupted):
     source = (ROOT / "ppo_procgen.py").read_bytes()
-    assert (run_dir(uninterrupted) / "ppo_procgen.py").read_bytes() == source
-    state = final(uninterrupted)
+    assert (runs.run_dir(uninterrupted) / "ppo_procgen.py").read_bytes() == source
+    state = runs.final(uninterrupted)
     assert (state["script"], state["script_sha256"]) == ("ppo_procgen.py", hashlib.sha256(source).hexdigest())
     networks = (ppo_procgen.ResidualBlock, ppo_procgen.ConvSequence, Agent)
     network = "".join(map(inspect.getsource, networks))
@@ -440,27 +432,27 @@ def test_a_run_keeps_the_source_that_made_it(uninterrupted):
 
 
 def test_progress_and_tensorboard_hold_the_same_numbers(uninterrupted):
-    rows, tags = progress(uninterrupted), scalars(uninterrupted)
+    rows, tags = runs.progress(uninterrupted), runs.scalars(uninterrupted)
     assert [int(row["iteration"]) for row in rows] == [1, 2, 3, 4, 5, 6]
     assert [int(row["global_step"]) for row in rows] == [64, 128, 192, 256, 320, 384]
     for tag in rows[0].keys() - {"iteration", "global_step"}:
         expected = [(int(row["global_step"]), float(row[tag])) for row in rows if row[tag] != "nan"]
         assert tags[tag] == [(step, pytest.approx(value)) for step, value in expected], tag
     assert [step for step, _ in tags["charts/test_return"]] == [64, 128, 192, 256, 384]
-    text = EventAccumulator(str(run_dir(uninterrupted))).Reload()
+    text = EventAccumulator(str(runs.run_dir(uninterrupted))).Reload()
     (panel,) = text.Tensors("hyperparameters/text_summary")
     assert b"|learning_rate|0.0005|" in panel.tensor_proto.string_val[0]
 
 
 def test_the_curves_count_every_finished_episode(tmp_path):
-    """With 200 steps of 8 games in one iteration, the statistics are those of a plain count over the same games."""
-    sizes = "--num-envs 8 --num-steps 200 --total-timesteps 1600 --num-minibatches 8 --update-epochs 1".split()
-    assert train(tmp_path, "--env-id", "jumper", *sizes, "--xpid", "x").returncode == 0
+    """With 128 steps of 8 games in one iteration, the statistics are those of a plain count over the same games."""
+    sizes = "--num-envs 8 --num-steps 128 --total-timesteps 1024 --num-minibatches 8 --update-epochs 1".split()
+    assert runs.train(tmp_path, "--env-id", "jumper", *sizes, "--xpid", "x").returncode == 0
     envs = ProcgenVectorEnv(8, "jumper", "easy", 0, 200, seed=0)
     torch.manual_seed(0)
     agent, obs = Agent(Args()), envs.reset()[0]
     running, steps, episodes = np.zeros(8), np.zeros(8), []
-    for _ in range(200):
+    for _ in range(128):
         with torch.inference_mode():
             action = agent.get_action_and_value(torch.from_numpy(obs))[0].numpy()
         obs, reward, done, _, infos = envs.step(action)
@@ -477,7 +469,7 @@ def test_the_curves_count_every_finished_episode(tmp_path):
     assert float(row["charts/level_complete"]) == pytest.approx(complete)
 
     (path,) = run.glob("final/*.pt")
-    agent.load_state_dict(load(path)["model_state_dict"])
+    agent.load_state_dict(runs.load(path)["model_state_dict"])
     envs = ppo_procgen.make_test_envs(Args(env_id="jumper", num_eval_episodes=2))
     tested = ppo_procgen.evaluate(agent, envs, envs.get_state(), 0, torch.device("cpu"))
     names = ("charts/test_return", "charts/test_length", "charts/test_level_complete")
@@ -486,23 +478,23 @@ def test_the_curves_count_every_finished_episode(tmp_path):
 
 def test_the_seed_decides_the_weights(uninterrupted, tmp_path):
     """The run in this process equals that of another process."""
-    assert train(tmp_path).returncode == 0
-    assert_same_run(tmp_path, uninterrupted)
-    assert train(tmp_path, "--seed", "1").returncode == 0
-    other = final(tmp_path, XPID[:-1] + "1")
-    assert not same(other["model_state_dict"], final(uninterrupted)["model_state_dict"])
+    assert runs.train(tmp_path).returncode == 0
+    runs.assert_same_run(tmp_path, uninterrupted)
+    assert runs.train(tmp_path, "--seed", "1").returncode == 0
+    other = runs.final(tmp_path, runs.XPID[:-1] + "1")
+    assert not runs.same(other["model_state_dict"], runs.final(uninterrupted)["model_state_dict"])
 
 
 def test_log_archive_and_evaluation_settings_do_not_change_the_weights(uninterrupted, tmp_path):
-    assert train(tmp_path, *"--log-interval 1 --archive-interval 1 --num-eval-episodes 5".split()).returncode == 0
+    assert runs.train(tmp_path, *"--log-interval 1 --archive-interval 1 --num-eval-episodes 5".split()).returncode == 0
     for key in ("model_state_dict", "optimizer_state_dict"):
-        assert same(final(tmp_path)[key], final(uninterrupted)[key])
-    assert len(list(run_dir(tmp_path).glob("checkpoint/*.pt"))) == 6
+        assert runs.same(runs.final(tmp_path)[key], runs.final(uninterrupted)[key])
+    assert len(list(runs.run_dir(tmp_path).glob("checkpoint/*.pt"))) == 6
 
 
 def test_a_log_file_gets_plain_lines(uninterrupted):
     lines = (uninterrupted / "printed").read_text().splitlines()
-    assert any(f"models/bossfight/{XPID}" in line for line in lines)
+    assert any(f"models/bossfight/{runs.XPID}" in line for line in lines)
     assert any("384 (6 iterations of 64)" in line for line in lines)
     assert any("626,256" in line for line in lines)
     saved = [line.split(",")[0] for line in lines if line.startswith("iteration")]
@@ -513,7 +505,7 @@ def test_a_terminal_gets_a_bar(tmp_path):
     master, slave = pty.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 140, 0, 0))
     short = ("--total-timesteps", "128", "--archive-interval", "100")
-    process = subprocess.Popen([*SCRIPT, *SMALL, *short], cwd=tmp_path, stdout=slave, stderr=slave)
+    process = subprocess.Popen([*runs.SCRIPT, *runs.SMALL, *short], cwd=tmp_path, stdout=slave, stderr=slave)
     os.close(slave)
     shown = b""
     try:
@@ -571,12 +563,12 @@ def test_a_copy_does_not_go_on_with_its_parents_run_nor_the_other_way_round(unin
     shutil.copytree(uninterrupted, tmp_path / "run")
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     copy = fork(tmp_path, NEW_ARGUMENT)
-    process = run_main(copy, [*SMALL, "--xpid", XPID, "--resume"], tmp_path / "run")
+    process = run_main(copy, [*runs.SMALL, "--xpid", runs.XPID, "--resume"], tmp_path / "run")
     assert process.returncode == 2
     assert_one_line(process.stderr, "is a run of ppo_procgen.py, not of ppo_drac_procgen.py")
     assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
 
-    copied = [*SMALL, "--xpid", "x", "--total-timesteps", "64"]
+    copied = [*runs.SMALL, "--xpid", "x", "--total-timesteps", "64"]
     assert run_main(copy, copied, tmp_path).returncode == 0
     process = run_main(ppo_procgen, [*copied, "--resume"], tmp_path)
     assert process.returncode == 2
@@ -584,8 +576,8 @@ def test_a_copy_does_not_go_on_with_its_parents_run_nor_the_other_way_round(unin
 
 
 def test_an_argument_that_the_run_lacks_or_has_besides_is_refused(tmp_path):
-    one = [*SMALL, "--xpid", "x", "--total-timesteps", "64", "--resume"]
-    assert train(tmp_path, *one).returncode == 0
+    one = [*runs.SMALL, "--xpid", "x", "--total-timesteps", "64", "--resume"]
+    assert runs.train(tmp_path, *one).returncode == 0
     (tmp_path / "changed").mkdir()
     changed = fork(tmp_path / "changed", NEW_ARGUMENT, name="ppo_procgen.py")
     process = run_main(changed, one, tmp_path)
@@ -598,7 +590,7 @@ def test_an_argument_that_the_run_lacks_or_has_besides_is_refused(tmp_path):
 
 
 def test_a_changed_source_and_other_threads_are_said_and_kept(tmp_path):
-    one = [*SMALL, "--xpid", "x", "--total-timesteps", "64", "--archive-interval", "9"]
+    one = [*runs.SMALL, "--xpid", "x", "--total-timesteps", "64", "--archive-interval", "9"]
     assert run_main(ppo_procgen, one, tmp_path).returncode == 0
     (tmp_path / "changed").mkdir()
     column = ('        "charts/learning_rate":', '        "charts/mine": 1.0,\n        "charts/learning_rate":')
@@ -612,17 +604,17 @@ def test_a_changed_source_and_other_threads_are_said_and_kept(tmp_path):
     assert process.returncode == 0, process.stderr
     (note,) = (line for line in process.stdout.splitlines() if line.startswith("note: "))
     assert "the source was" in note and f"threads was {threads}, is {threads + 1}" in note
-    run = run_dir(tmp_path, "x")
+    run = runs.run_dir(tmp_path, "x")
     assert (run / "ppo_procgen.py").read_bytes() == (ROOT / "ppo_procgen.py").read_bytes()
     assert (run / "ppo_procgen_after_1.py").read_bytes() == (tmp_path / "changed" / "ppo_procgen.py").read_bytes()
-    rows = progress(tmp_path, "x")
+    rows = runs.progress(tmp_path, "x")
     assert [row["charts/mine"] for row in rows] == ["nan", "1.0", "1.0"]  # one header for all rows
     assert [row["iteration"] for row in rows] == ["1", "2", "3"]
 
 
 def test_state_that_a_run_lacks_is_one_line(tmp_path):
-    one = [*SMALL, "--xpid", "x", "--total-timesteps", "64"]
-    assert train(tmp_path, *one).returncode == 0
+    one = [*runs.SMALL, "--xpid", "x", "--total-timesteps", "64"]
+    assert runs.train(tmp_path, *one).returncode == 0
     (tmp_path / "changed").mkdir()
     memory = (
         "        latest_test_return=math.nan,\n",
@@ -637,10 +629,10 @@ def test_state_that_a_run_lacks_is_one_line(tmp_path):
 
 def test_a_run_of_a_gpu_does_not_go_on_without_one_by_accident(uninterrupted, tmp_path):
     shutil.copytree(uninterrupted, tmp_path / "run")
-    rolling = run_dir(tmp_path / "run") / "rolling" / "model.pt"
-    state = load(rolling)
+    rolling = runs.run_dir(tmp_path / "run") / "rolling" / "model.pt"
+    state = runs.load(rolling)
     torch.save({**state, "machine": {"device": "cuda", "model": "NVIDIA H100"}}, rolling)
-    on_gpu = [argument for argument in SMALL if argument != "--no-cuda"] + ["--resume", "--total-timesteps", "448"]
+    on_gpu = [argument for argument in runs.SMALL if argument != "--no-cuda"] + ["--resume", "--total-timesteps", "448"]
     if not torch.cuda.is_available():
         process = run_main(ppo_procgen, on_gpu, tmp_path / "run")
         assert process.returncode == 2
@@ -668,7 +660,7 @@ def test_tracking_has_one_run_for_each_game_and_xpid(tmp_path, monkeypatch):
     del sys.modules["wandb"]
     one = ["--xpid", "x", "--total-timesteps", "64", "--track"]
     for arguments in (one, [*one, "--resume", "--total-timesteps", "128"], [*one, "--env-id", "jumper"]):
-        assert train(tmp_path, *arguments).returncode == 0
+        assert runs.train(tmp_path, *arguments).returncode == 0
     asked = [json.loads(line) for line in (tmp_path / "asked.jsonl").read_text().splitlines()]
     first, resumed, other = asked
     assert first["id"] == resumed["id"] != other["id"]
@@ -713,11 +705,11 @@ def test_a_recording_holds_what_the_games_showed(dodgeball):
 
 def test_a_recording_cannot_begin_in_the_middle(tmp_path):
     one = ("--xpid", "x", "--total-timesteps", "64")
-    assert train(tmp_path, *one).returncode == 0
-    process = train(tmp_path, *one, "--resume", "--total-timesteps", "128", "--save-dataset")
+    assert runs.train(tmp_path, *one).returncode == 0
+    process = runs.train(tmp_path, *one, "--resume", "--total-timesteps", "128", "--save-dataset")
     assert process.returncode == 2
     assert_one_line(process.stderr, "rollouts lacks steps before iteration 2", "--no-save-dataset")
-    assert not (run_dir(tmp_path, "x") / "rollouts").exists()
+    assert not (runs.run_dir(tmp_path, "x") / "rollouts").exists()
 
 
 # BAD INPUT
@@ -763,21 +755,21 @@ def test_a_recording_cannot_begin_in_the_middle(tmp_path):
     ],
 )
 def test_a_bad_argument_is_one_line_before_anything_is_written(arguments, message, tmp_path):
-    process = train(tmp_path, *arguments.split())
+    process = runs.train(tmp_path, *arguments.split())
     assert process.returncode == 2
     assert_one_line(process.stderr, message)
     assert not list(tmp_path.iterdir())
 
 
 def test_an_unknown_flag_exits_2(tmp_path):
-    process = train(tmp_path, "--learning-rat", "0.1")
+    process = runs.train(tmp_path, "--learning-rat", "0.1")
     assert process.returncode == 2 and "learning-rat" in process.stderr + process.stdout
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.skipif(importlib.util.find_spec("wandb") is not None, reason="wandb is installed here")
 def test_tracking_without_wandb(tmp_path):
-    process = train(tmp_path, "--track")
+    process = runs.train(tmp_path, "--track")
     assert process.returncode == 2
     assert_one_line(process.stderr, "--track", "pip install wandb")
     assert not list(tmp_path.iterdir())
@@ -801,13 +793,13 @@ def write_checkpoint(path, kind, good):
     elif kind == "foreign":
         torch.save({"state_dict": {}}, path)
     elif kind == "another format":
-        torch.save({**load(good), "format": 99}, path)
+        torch.save({**runs.load(good), "format": 99}, path)
     elif kind == "another network":
-        torch.save({**load(good), "model_state_dict": Agent(Args(hidden_size=64)).state_dict()}, path)
+        torch.save({**runs.load(good), "model_state_dict": Agent(Args(hidden_size=64)).state_dict()}, path)
     elif kind == "archived":  # lacks the states of the games
         shutil.copy(next(good.parent.parent.glob("checkpoint/*.pt")), path)
     elif kind == "with code":
-        torch.save({**load(good), "extra": Intruder()}, path)
+        torch.save({**runs.load(good), "extra": Intruder()}, path)
 
 
 KINDS = ("missing", "truncated", "empty", "text", "foreign", "another format", "another network", "with code")
@@ -816,8 +808,8 @@ KINDS = ("missing", "truncated", "empty", "text", "foreign", "another format", "
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_bad_checkpoint_is_refused(kind, uninterrupted, tmp_path):
     path = tmp_path / "bad.pt"
-    write_checkpoint(path, kind, next(run_dir(uninterrupted).glob("final/*.pt")))
-    process = train(tmp_path, "--checkpoint", str(path))
+    write_checkpoint(path, kind, next(runs.run_dir(uninterrupted).glob("final/*.pt")))
+    process = runs.train(tmp_path, "--checkpoint", str(path))
     assert process.returncode == 1
     assert_one_line(process.stderr, str(path))
     assert {entry.name for entry in tmp_path.iterdir()} <= {"bad.pt"}
@@ -825,11 +817,11 @@ def test_a_bad_checkpoint_is_refused(kind, uninterrupted, tmp_path):
 
 @pytest.mark.parametrize("kind", ["truncated", "with code", "archived"])
 def test_a_bad_rolling_checkpoint_is_refused(kind, uninterrupted, tmp_path):
-    rolling = run_dir(tmp_path) / "rolling" / "model.pt"
+    rolling = runs.run_dir(tmp_path) / "rolling" / "model.pt"
     rolling.parent.mkdir(parents=True)
-    write_checkpoint(rolling, kind, run_dir(uninterrupted) / "rolling" / "model.pt")
+    write_checkpoint(rolling, kind, runs.run_dir(uninterrupted) / "rolling" / "model.pt")
     before = rolling.read_bytes()
-    process = train(tmp_path, "--resume")
+    process = runs.train(tmp_path, "--resume")
     assert process.returncode == 1
     assert_one_line(process.stderr, "rolling/model.pt")
     assert rolling.read_bytes() == before and not list(tmp_path.rglob("*tfevents*")) + list(tmp_path.glob("intruded"))
@@ -838,9 +830,9 @@ def test_a_bad_rolling_checkpoint_is_refused(kind, uninterrupted, tmp_path):
 @pytest.mark.parametrize("name", ["a table that is a folder", "another number of games"])
 def test_a_run_folder_that_does_not_fit_is_one_line(name, uninterrupted, tmp_path):
     shutil.copytree(uninterrupted, tmp_path / "run")
-    run = run_dir(tmp_path / "run")
+    run = runs.run_dir(tmp_path / "run")
     if name == "another number of games":
-        state = load(run / "rolling" / "model.pt")
+        state = runs.load(run / "rolling" / "model.pt")
         state["envs"]["env"]["env"]["env"] = state["envs"]["env"]["env"]["env"][:2]
         torch.save(state, run / "rolling" / "model.pt")
         expected = ("does not fit this script", "put back one that does")
@@ -848,7 +840,7 @@ def test_a_run_folder_that_does_not_fit_is_one_line(name, uninterrupted, tmp_pat
         (run / "progress.csv").unlink()
         (run / "progress.csv").mkdir()
         expected = ("progress.csv could not be used: Is a directory",)
-    process = train(tmp_path / "run", "--resume", "--total-timesteps", "448")
+    process = runs.train(tmp_path / "run", "--resume", "--total-timesteps", "448")
     assert process.returncode == 1
     assert_one_line(process.stderr, *expected)
 
@@ -858,15 +850,24 @@ def test_a_missing_library_of_the_system_is_named(tmp_path, monkeypatch):
         raise OSError("cannot load library libenv.so: libGL.so.1: cannot open shared object file")
 
     monkeypatch.setattr(ppo_procgen, "ProcgenGym3Env", without_libgl)
-    process = train(tmp_path)
+    process = runs.train(tmp_path)
     assert process.returncode == 1
     assert_one_line(process.stderr, "libGL.so.1", "libgl1", "libglib2.0-0")
     assert not list(tmp_path.iterdir())
 
 
+def test_an_error_about_memory_that_is_not_a_lack_of_it_is_not_called_one(tmp_path, monkeypatch):
+    def broken(*_):
+        raise RuntimeError("more than one element of the written-to tensor refers to a single memory location")
+
+    monkeypatch.setattr(ppo_procgen, "compute_gae", broken)
+    with pytest.raises(RuntimeError, match="single memory location"):
+        runs.train(tmp_path)
+
+
 def test_sizes_that_memory_does_not_hold_are_one_line(tmp_path):
     sizes = "--num-steps 65536 --num-envs 64000 --num-minibatches 64 --total-timesteps 1000000000000".split()
-    process = train(tmp_path, *sizes)
+    process = runs.train(tmp_path, *sizes)
     assert process.returncode == 1
     assert_one_line(process.stderr, "not enough memory", "--num-steps")
     assert not list(tmp_path.iterdir())
@@ -874,7 +875,7 @@ def test_sizes_that_memory_does_not_hold_are_one_line(tmp_path):
 
 def test_an_unwritable_folder(tmp_path):
     (tmp_path / "models").write_text("a file where a folder should be")
-    process = train(tmp_path)
+    process = runs.train(tmp_path)
     assert process.returncode == 1
     assert_one_line(process.stderr, "models", "could not be used: Not a directory")
     assert [path.name for path in tmp_path.rglob("*")] == ["models"]
@@ -885,12 +886,12 @@ def test_a_full_disk_is_one_line_and_no_partial_file(tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limits[1]))
-        process = train(tmp_path)
+        process = runs.train(tmp_path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert process.returncode == 1
     assert_one_line(process.stderr, "rolling/model.pt could not be used: File too large")
-    assert not list(run_dir(tmp_path).rglob("*.pt*"))
+    assert not list(runs.run_dir(tmp_path).rglob("*.pt*"))
 
 
 def test_a_disk_that_is_full_when_tensorboard_opens_its_file_is_one_line(tmp_path, monkeypatch):
@@ -899,7 +900,7 @@ def test_a_disk_that_is_full_when_tensorboard_opens_its_file_is_one_line(tmp_pat
 
     monkeypatch.setattr(LocalFileSystem, "write", full)
     monkeypatch.setattr(threading, "excepthook", threading.__excepthook__)  # Python's own, instead of pytest's
-    process = train(tmp_path)
+    process = runs.train(tmp_path)
     assert process.returncode == 1
     assert_one_line(process.stderr, "models could not be used: No space left on device")
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import run_main
+from runs import run_main
 
 import collect_procgen
 import ppo_procgen

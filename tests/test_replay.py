@@ -15,8 +15,9 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from conftest import assert_one_line, collect, run_main, wait_for
+from conftest import assert_one_line, collect, wait_for
 from PIL import Image
+from runs import run_main
 from test_collect_procgen import SCRIPT, contents, die_within, episodes, metadata, rewrite, verify
 
 import collect_procgen
@@ -47,12 +48,12 @@ def test_a_recording_is_small_and_drawn_gives_the_very_files_of_the_dataset(reco
 @pytest.mark.parametrize("env_id", ["dodgeball", "miner"])
 def test_a_recording_of_a_stateful_game_that_was_extended_is_drawn_the_same(env_id, trained, tmp_path):
     checkpoint = trained(env_id)
-    for number in ("2", "3"):
+    for number in ("1", "2"):
         for name, *more in (("direct",), ("recording", "--no-frames")):
             process = collect(tmp_path / name, checkpoint, "--num-episodes", number, *more, num_envs=2)
             assert process.returncode == 0
     assert render(tmp_path / "recording", tmp_path / "drawn").returncode == 0
-    assert contents(tmp_path / "drawn") == contents(tmp_path / "direct") and len(contents(tmp_path / "drawn")) == 3
+    assert contents(tmp_path / "drawn") == contents(tmp_path / "direct") and len(contents(tmp_path / "drawn")) == 2
 
 
 def test_a_drawing_of_a_recording_that_has_grown_is_not_taken_for_complete(starpilot, tmp_path):
@@ -396,8 +397,8 @@ def test_a_users_folder_is_left_as_it_is(starpilot, tmp_path):
     assert sorted(path.name for path in (tmp_path / "home").iterdir()) == [".notes.tmp", "x.npz"]
 
 
-def test_only_the_culprit_fails_if_a_state_makes_procgen_give_up(miner, tmp_path):
-    assert collect(tmp_path / "d", miner, "--num-episodes", "4").returncode == 0
+def test_only_the_culprit_fails_if_a_state_makes_procgen_give_up(trained, tmp_path):
+    assert collect(tmp_path / "d", trained("dodgeball"), "--num-episodes", "4").returncode == 0
     state = episodes(tmp_path / "d")[3][1]["initial_state"]
     path = rewrite(tmp_path / "d", 3, initial_state=state[: len(state) // 2])
     process = verify(tmp_path / "d")
@@ -444,7 +445,7 @@ def test_another_build_of_procgen_is_reported_as_such(dataset, tmp_path):
 
 @pytest.mark.parametrize("env_id", ["dodgeball", "miner"])
 def test_games_whose_seed_is_not_enough_store_their_initial_state(env_id, trained, tmp_path):
-    assert collect(tmp_path / "d", trained(env_id), "--num-episodes", "6").returncode == 0
+    assert collect(tmp_path / "d", trained(env_id), "--num-episodes", "4").returncode == 0
     for _, episode in episodes(tmp_path / "d").values():
         assert episode["initial_state"].dtype == np.uint8 and len(episode["initial_state"]) > 1000
     process = verify(tmp_path / "d")

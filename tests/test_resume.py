@@ -17,25 +17,11 @@ from types import SimpleNamespace
 import gym
 import numpy as np
 import pytest
+import runs
 import torch
 from check_resume import MOMENTS, differences, read_run, run_disturbed, run_undisturbed
-from conftest import (
-    DODGEBALL,
-    ROOT,
-    SCRIPT,
-    SMALL,
-    XPID,
-    assert_one_line,
-    assert_same_run,
-    final,
-    load,
-    progress,
-    run_dir,
-    run_main,
-    same,
-    train,
-    wait_for,
-)
+from conftest import assert_one_line, wait_for
+from runs import ROOT, run_main
 
 import ppo_procgen
 from ppo_procgen import Args, ProcgenVectorEnv
@@ -109,12 +95,12 @@ def test_a_resumed_run_has_every_piece_of_its_state(dodgeball, tmp_path, monkeyp
     folder = tmp_path / "run"
     shutil.copytree(dodgeball, folder)
     (run,) = folder.glob("models/dodgeball/*")
-    before = load(run / "rolling" / "model.pt")
+    before = runs.load(run / "rolling" / "model.pt")
     assert before["carry"]["next_done"]["numpy"].any() and before["carry"]["level_complete"]
     stop_at_once(monkeypatch)
-    assert run_main(ppo_procgen, [*DODGEBALL, "--resume", "--total-timesteps", "640"], folder).returncode == 75
+    assert run_main(ppo_procgen, [*runs.DODGEBALL, "--resume", "--total-timesteps", "640"], folder).returncode == 75
     before["args"] |= {"resume": True, "total_timesteps": 640}
-    assert not differences(load(run / "rolling" / "model.pt"), before)
+    assert not differences(runs.load(run / "rolling" / "model.pt"), before)
 
 
 def restored(tmp_path, x, fresh):
@@ -149,9 +135,9 @@ def test_what_lies_in_lists_tuples_and_dicts_is_restored_in_its_own_way(tmp_path
     network = fresh.networks["rnd"]
     after = restored(tmp_path, before, fresh)
     assert after.frames == before.frames and after.frames[0].maxlen == 2
-    assert after.networks["rnd"] is network and same(network.state_dict(), before.networks["rnd"].state_dict())
+    assert after.networks["rnd"] is network and runs.same(network.state_dict(), before.networks["rnd"].state_dict())
     assert after.generators[0].random() == before.generators[0].random()
-    assert same(after.generators[1].state_dict(), before.generators[1].state_dict())
+    assert runs.same(after.generators[1].state_dict(), before.generators[1].state_dict())
     assert after.visits == before.visits and after.seen == before.seen and after.seen["new"] == 0
 
 
@@ -212,12 +198,12 @@ def test_a_wrapper_that_takes_other_steps_than_the_policy_cannot_be_recorded():
 def test_files_that_others_are_writing_in_a_run_are_left_alone(uninterrupted, tmp_path):
     """A collection's, in test_dataset/; those of the run itself are leftovers, as its lock is held."""
     shutil.copytree(uninterrupted, tmp_path / "run")
-    run = run_dir(tmp_path / "run")
+    run = runs.run_dir(tmp_path / "run")
     theirs, ours = run / "test_dataset" / "0.75" / ".x.npz.tmp", run / "checkpoint" / ".model_3_1.00.pt.tmp"
     theirs.parent.mkdir(parents=True)
     for path in (theirs, ours):
         path.write_bytes(b"half")
-    assert train(tmp_path / "run", "--resume").returncode == 0
+    assert runs.train(tmp_path / "run", "--resume").returncode == 0
     assert theirs.exists() and not ours.exists()
 
 
@@ -225,9 +211,9 @@ def test_a_signal_saves_and_exits_75(uninterrupted, tmp_path):
     def stop(signum):
         folder = tmp_path / signum.name
         folder.mkdir()
-        command = [*SCRIPT, *SMALL, "--resume", "--log-interval", "100"]  # so that only the signal saves
+        command = [*runs.SCRIPT, *runs.SMALL, "--resume", "--log-interval", "100"]  # so that only the signal saves
         process = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True)
-        wait_for((run_dir(folder) / "progress.csv").exists, process)
+        wait_for((runs.run_dir(folder) / "progress.csv").exists, process)
         process.send_signal(signum)
         return folder, signum, process.communicate(timeout=60)[0], process.returncode
 
@@ -237,10 +223,10 @@ def test_a_signal_saves_and_exits_75(uninterrupted, tmp_path):
     for folder, signum, output, code in stopped:
         assert code == 75
         assert f"stopped by {signum.name}" in output
-        saved = load(run_dir(folder) / "rolling" / "model.pt")["iteration"]
-        assert 1 <= saved < 6 and len(progress(folder)) == saved
-        assert train(folder, "--resume").returncode == 0
-        assert_same_run(folder, uninterrupted)
+        saved = runs.load(runs.run_dir(folder) / "rolling" / "model.pt")["iteration"]
+        assert 1 <= saved < 6 and len(runs.progress(folder)) == saved
+        assert runs.train(folder, "--resume").returncode == 0
+        runs.assert_same_run(folder, uninterrupted)
 
 
 LATE = """
@@ -256,13 +242,13 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 def test_a_signal_while_python_ends_does_not_make_a_finished_run_a_failed_one(tmp_path):
     (tmp_path / "late.py").write_text(LATE)
-    command = [sys.executable, "late.py", SCRIPT[1], *SMALL, "--total-timesteps", "64"]
+    command = [sys.executable, "late.py", runs.SCRIPT[1], *runs.SMALL, "--total-timesteps", "64"]
     process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert process.returncode == 0 and "done: " in process.stdout, process.stderr
 
 
 def test_a_signal_while_pytorch_is_loading_exits_75(tmp_path):
-    process = subprocess.Popen([*SCRIPT, *SMALL], cwd=tmp_path)
+    process = subprocess.Popen([*runs.SCRIPT, *runs.SMALL], cwd=tmp_path)
 
     def handled():
         caught = re.search(r"SigCgt:\s*(\w+)", Path(f"/proc/{process.pid}/status").read_text())[1]
@@ -275,24 +261,26 @@ def test_a_signal_while_pytorch_is_loading_exits_75(tmp_path):
 
 def test_resuming_a_finished_run_says_so_and_changes_nothing(uninterrupted):
     before = {path: path.read_bytes() for path in uninterrupted.rglob("*") if path.is_file()}
-    process = train(uninterrupted, "--resume")
+    process = runs.train(uninterrupted, "--resume")
     assert process.returncode == 0 and "is finished" in process.stdout
     assert {path: path.read_bytes() for path in uninterrupted.rglob("*") if path.is_file()} == before
 
 
 def test_a_run_can_be_made_longer_and_has_no_final_checkpoint_meanwhile(uninterrupted, tmp_path, monkeypatch):
-    assert train(tmp_path, "--total-timesteps", "200", "--archive-interval", "100").returncode == 0  # three iterations
-    own = run_dir(tmp_path) / "final" / "model_keep_me.pt"
+    assert (
+        runs.train(tmp_path, "--total-timesteps", "200", "--archive-interval", "100").returncode == 0
+    )  # three iterations
+    own = runs.run_dir(tmp_path) / "final" / "model_keep_me.pt"
     own.write_bytes(b"a copy of the user's")
-    (end,) = run_dir(tmp_path).glob("final/model_*.??.pt")
+    (end,) = runs.run_dir(tmp_path).glob("final/model_*.??.pt")
     with monkeypatch.context() as patch:
         stop_at_once(patch)
-        assert train(tmp_path, "--resume").returncode == 75
-    assert list(run_dir(tmp_path).glob("final/*")) == [own]
-    assert load(run_dir(tmp_path) / "checkpoint" / end.name.replace("model_", "model_3_"))["iteration"] == 3
-    assert train(tmp_path, "--resume").returncode == 0
+        assert runs.train(tmp_path, "--resume").returncode == 75
+    assert list(runs.run_dir(tmp_path).glob("final/*")) == [own]
+    assert runs.load(runs.run_dir(tmp_path) / "checkpoint" / end.name.replace("model_", "model_3_"))["iteration"] == 3
+    assert runs.train(tmp_path, "--resume").returncode == 0
     own.unlink()
-    assert_same_run(tmp_path, uninterrupted)
+    runs.assert_same_run(tmp_path, uninterrupted)
 
 
 def test_a_larger_total_can_be_taken_back(uninterrupted, tmp_path, monkeypatch):
@@ -300,18 +288,18 @@ def test_a_larger_total_can_be_taken_back(uninterrupted, tmp_path, monkeypatch):
     shutil.copytree(uninterrupted, tmp_path / "run")
     with monkeypatch.context() as patch:
         stop_at_once(patch)
-        assert train(tmp_path / "run", "--resume", "--total-timesteps", "1000000").returncode == 75
-    assert not list(run_dir(tmp_path / "run").glob("final/*"))
-    process = train(tmp_path / "run", "--resume", "--total-timesteps", "320")
+        assert runs.train(tmp_path / "run", "--resume", "--total-timesteps", "1000000").returncode == 75
+    assert not list(runs.run_dir(tmp_path / "run").glob("final/*"))
+    process = runs.train(tmp_path / "run", "--resume", "--total-timesteps", "320")
     assert process.returncode == 0, process.stderr
-    assert same(final(tmp_path / "run")["model_state_dict"], final(uninterrupted)["model_state_dict"])
-    assert final(tmp_path / "run")["test_return"] == final(uninterrupted)["test_return"]
-    assert "is finished after iteration 6" in train(tmp_path / "run", "--resume").stdout
+    assert runs.same(runs.final(tmp_path / "run")["model_state_dict"], runs.final(uninterrupted)["model_state_dict"])
+    assert runs.final(tmp_path / "run")["test_return"] == runs.final(uninterrupted)["test_return"]
+    assert "is finished after iteration 6" in runs.train(tmp_path / "run", "--resume").stdout
 
 
 def test_resuming_with_other_arguments_names_them(uninterrupted):
-    other = "--xpid", XPID, "--learning-rate", "0.001", "--num-levels", "0", "--log-interval", "7"
-    process = train(uninterrupted, "--resume", *other)
+    other = "--xpid", runs.XPID, "--learning-rate", "0.001", "--num-levels", "0", "--log-interval", "7"
+    process = runs.train(uninterrupted, "--resume", *other)
     assert process.returncode == 2
     assert_one_line(process.stderr, "--learning-rate was 0.0005, is 0.001", "--num-levels was 200, is 0")
     assert "log-interval" not in process.stderr
@@ -319,59 +307,59 @@ def test_resuming_with_other_arguments_names_them(uninterrupted):
 
 def test_an_annealed_run_cannot_be_made_longer(tmp_path):
     short = ("--anneal-lr", "--total-timesteps", "128", "--xpid", "x")
-    assert train(tmp_path, *short).returncode == 0
-    assert [float(row["charts/learning_rate"]) for row in progress(tmp_path, "x")] == [0.0005, 0.00025]
-    process = train(tmp_path, "--anneal-lr", "--xpid", "x", "--resume")
+    assert runs.train(tmp_path, *short).returncode == 0
+    assert [float(row["charts/learning_rate"]) for row in runs.progress(tmp_path, "x")] == [0.0005, 0.00025]
+    process = runs.train(tmp_path, "--anneal-lr", "--xpid", "x", "--resume")
     assert process.returncode == 2
     assert_one_line(process.stderr, "--total-timesteps was 128, is 384")
 
 
 def test_an_existing_run_is_never_overwritten(uninterrupted):
-    before = {path: path.stat().st_mtime_ns for path in run_dir(uninterrupted).rglob("*.pt")}
-    process = train(uninterrupted)
+    before = {path: path.stat().st_mtime_ns for path in runs.run_dir(uninterrupted).rglob("*.pt")}
+    process = runs.train(uninterrupted)
     assert process.returncode == 2
-    assert_one_line(process.stderr, XPID, "--resume", "--xpid")
-    assert {path: path.stat().st_mtime_ns for path in run_dir(uninterrupted).rglob("*.pt")} == before
+    assert_one_line(process.stderr, runs.XPID, "--resume", "--xpid")
+    assert {path: path.stat().st_mtime_ns for path in runs.run_dir(uninterrupted).rglob("*.pt")} == before
 
 
 def test_a_lost_rolling_checkpoint_is_an_error(uninterrupted, tmp_path):
     """To start from scratch would overwrite what the run has left."""
     shutil.copytree(uninterrupted, tmp_path / "copy")
-    (run_dir(tmp_path / "copy") / "rolling" / "model.pt").unlink()
-    process = train(tmp_path / "copy", "--resume")
+    (runs.run_dir(tmp_path / "copy") / "rolling" / "model.pt").unlink()
+    process = runs.train(tmp_path / "copy", "--resume")
     assert process.returncode == 2
     assert_one_line(process.stderr, "rolling/model.pt back, which is missing")
-    assert final(tmp_path / "copy")["iteration"] == 6
+    assert runs.final(tmp_path / "copy")["iteration"] == 6
 
 
 def test_a_second_process_on_the_same_run_fails(tmp_path, monkeypatch):
     endless = ("--total-timesteps", "1000000")
-    first = subprocess.Popen([*SCRIPT, *SMALL, *endless], cwd=tmp_path, stdout=subprocess.DEVNULL)
+    first = subprocess.Popen([*runs.SCRIPT, *runs.SMALL, *endless], cwd=tmp_path, stdout=subprocess.DEVNULL)
     try:
-        wait_for((run_dir(tmp_path) / "rolling" / "model.pt").exists, first)
-        second = train(tmp_path, "--resume", *endless)
+        wait_for((runs.run_dir(tmp_path) / "rolling" / "model.pt").exists, first)
+        second = runs.train(tmp_path, "--resume", *endless)
         assert second.returncode == 1
-        assert_one_line(second.stderr, XPID, "in use by another process")
+        assert_one_line(second.stderr, runs.XPID, "in use by another process")
         # On a cluster the holder may be about to end: wait, then ask to be run again.
         monkeypatch.setenv("SLURM_JOB_ID", "1")
         monkeypatch.setattr(ppo_procgen, "LOCK_PATIENCE", 2)
-        waiting = train(tmp_path, "--resume", *endless)
+        waiting = runs.train(tmp_path, "--resume", *endless)
         assert waiting.returncode == 75
         assert_one_line(waiting.stderr, "in use by another process, 2 s long")
     finally:
         first.kill()
         first.wait()
     # The lock has died with its holder: this one gets as far as the arguments that differ.
-    assert train(tmp_path, "--resume", *endless, "--seed", "9", "--xpid", XPID).returncode == 2
+    assert runs.train(tmp_path, "--resume", *endless, "--seed", "9", "--xpid", runs.XPID).returncode == 2
 
 
 def test_a_new_run_can_start_from_a_checkpoint(uninterrupted, tmp_path):
-    (source,) = run_dir(uninterrupted).glob("final/*.pt")
+    (source,) = runs.run_dir(uninterrupted).glob("final/*.pt")
     # A learning rate too small to move a float32 weight: what ends is what was loaded.
     new = ("--checkpoint", str(source), "--learning-rate", "1e-30", "--xpid", "new", "--total-timesteps", "64")
-    assert train(tmp_path, *new).returncode == 0
-    started = final(tmp_path, "new")
-    assert same(started["model_state_dict"], load(source)["model_state_dict"])
+    assert runs.train(tmp_path, *new).returncode == 0
+    started = runs.final(tmp_path, "new")
+    assert runs.same(started["model_state_dict"], runs.load(source)["model_state_dict"])
     steps = {int(moments["step"]) for moments in started["optimizer_state_dict"]["state"].values()}
     assert steps == {6 * 2 + 2}  # Adam goes on counting
     assert started["optimizer_state_dict"]["param_groups"][0]["lr"] == 1e-30
@@ -391,15 +379,15 @@ def test_what_ends_a_run_early_saves_its_last_iteration_first(uninterrupted, tmp
     often = ("--log-interval", "100", "--archive-interval", "100", "--save-dataset")
     with monkeypatch.context() as patch, pytest.raises(KeyError):
         patch.setattr(ppo_procgen, "compute_gae", broken)
-        train(tmp_path, *often)
-    assert load(run_dir(tmp_path) / "rolling" / "model.pt")["iteration"] == 3
+        runs.train(tmp_path, *often)
+    assert runs.load(runs.run_dir(tmp_path) / "rolling" / "model.pt")["iteration"] == 3
 
     with monkeypatch.context() as patch:
         patch.setattr(ppo_procgen, "compute_gae", lambda *args: [x * math.nan for x in gae(*args)])
-        process = train(tmp_path, *often, "--resume")
+        process = runs.train(tmp_path, *often, "--resume")
     assert process.returncode == 1
     assert_one_line(process.stderr, "training diverged in iteration 4", "--learning-rate")
-    assert load(run_dir(tmp_path) / "rolling" / "model.pt")["iteration"] == 3
+    assert runs.load(runs.run_dir(tmp_path) / "rolling" / "model.pt")["iteration"] == 3
 
     write_table = ppo_procgen.Run.write_table
 
@@ -410,33 +398,33 @@ def test_what_ends_a_run_early_saves_its_last_iteration_first(uninterrupted, tmp
 
     with monkeypatch.context() as patch:
         patch.setattr(ppo_procgen.Run, "write_table", full)
-        process = train(tmp_path, *often, "--resume")
+        process = runs.train(tmp_path, *often, "--resume")
     assert process.returncode == 1
     assert_one_line(process.stderr, "progress.csv could not be used: No space left on device")
-    assert train(tmp_path, "--resume", *often).returncode == 0
-    assert same(final(tmp_path)["model_state_dict"], final(uninterrupted)["model_state_dict"])
+    assert runs.train(tmp_path, "--resume", *often).returncode == 0
+    assert runs.same(runs.final(tmp_path)["model_state_dict"], runs.final(uninterrupted)["model_state_dict"])
     recorded = 0
-    for path in sorted(run_dir(tmp_path).glob("rollouts/*.npz")):
+    for path in sorted(runs.run_dir(tmp_path).glob("rollouts/*.npz")):
         assert path.name == f"0_0_{recorded:08d}.npz"
         recorded += len(np.load(path)["actions"])
     assert recorded == 6 * 16
 
 
 def test_a_reader_that_has_gone_is_not_a_full_disk(tmp_path):
-    command = " ".join([*SCRIPT, *SMALL, "--log-interval", "1", "| head -1"])
+    command = " ".join([*runs.SCRIPT, *runs.SMALL, "--log-interval", "1", "| head -1"])
     process = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True)
     assert_one_line(process.stderr, "whoever read the output has gone", "--resume")
-    assert load(run_dir(tmp_path) / "rolling" / "model.pt")["iteration"] >= 0
+    assert runs.load(runs.run_dir(tmp_path) / "rolling" / "model.pt")["iteration"] >= 0
 
 
 def test_a_moved_run_is_resumed_where_it_is(uninterrupted, tmp_path):
-    assert train(tmp_path, "--total-timesteps", "128", "--archive-interval", "100").returncode == 0
+    assert runs.train(tmp_path, "--total-timesteps", "128", "--archive-interval", "100").returncode == 0
     (tmp_path / "elsewhere" / "bossfight").mkdir(parents=True)
-    run_dir(tmp_path).rename(tmp_path / "elsewhere" / "bossfight" / "renamed")
+    runs.run_dir(tmp_path).rename(tmp_path / "elsewhere" / "bossfight" / "renamed")
     moved = ("--model-saving-dir", "elsewhere", "--xpid", "renamed", "--resume")
-    assert train(tmp_path, *moved).returncode == 0
+    assert runs.train(tmp_path, *moved).returncode == 0
     (path,) = tmp_path.glob("elsewhere/bossfight/renamed/final/*.pt")
-    assert same(load(path)["model_state_dict"], final(uninterrupted)["model_state_dict"])
+    assert runs.same(runs.load(path)["model_state_dict"], runs.final(uninterrupted)["model_state_dict"])
     assert not (tmp_path / "models" / "bossfight" / "renamed").exists()
 
 

@@ -19,8 +19,9 @@ import numpy as np
 import pytest
 import torch
 import tyro
-from conftest import assert_one_line, run_main, wait_for
+from conftest import assert_one_line, wait_for
 from matplotlib.figure import Figure
+from runs import run_main
 
 import collect_procgen
 import ppo_procgen
@@ -558,7 +559,7 @@ def start_sweep(folder, *arguments):
 
 
 def test_a_sweep_that_runs_here_is_stopped_and_goes_on_and_status_follows_it(tmp_path):
-    grid = {**TINY, "env_id": ["leaper", "starpilot"], "total_timesteps": [1280], "archive_interval": [20]}
+    grid = {**TINY, "env_id": ["leaper", "starpilot"], "total_timesteps": [640], "archive_interval": [10]}
     options = [write_grid(tmp_path, grid), "--python", sys.executable]
     table, summary, code = rows(tmp_path, *options)
     assert (table["env_id=starpilot"]["not started"], table["env_id=starpilot"]["progress"], code) == ("1", "0.0 %", 3)
@@ -597,7 +598,7 @@ def test_a_sweep_that_runs_here_is_stopped_and_goes_on_and_status_follows_it(tmp
     assert commands(tmp_path, *options, "--only-missing", "--num-trials", 2) == commands(
         tmp_path, *options, "--start-index", 1
     )
-    _, summary, code = rows(tmp_path, write_grid(tmp_path, {**grid, "total_timesteps": [2560]}, name="longer"))
+    _, summary, code = rows(tmp_path, write_grid(tmp_path, {**grid, "total_timesteps": [1280]}, name="longer"))
     assert code == 3 and "2 stopped" in summary and "50.0 %" in summary
 
     result = run_sweep(tmp_path, *options, "--only-missing", "--action", "local")
