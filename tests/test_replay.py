@@ -16,9 +16,9 @@ import av
 import numpy as np
 import pytest
 from conftest import assert_one_line, collect, wait_for
+from datasets import SCRIPT, contents, die_within, episodes, metadata, rewrite, verify
 from PIL import Image
 from runs import run_main
-from test_collect_procgen import SCRIPT, contents, die_within, episodes, metadata, rewrite, verify
 
 import collect_procgen
 import ppo_procgen
