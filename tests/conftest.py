@@ -9,6 +9,13 @@ from runs import run_main
 import collect_procgen
 import ppo_procgen
 
+LONGEST = ["test_collect_procgen", "test_replay", "test_resume", "test_slurm", "test_ppo_procgen", "test_sweep"]
+
+
+def pytest_collection_modifyitems(items):
+    """The longest files first, so that no process is left alone with one at the end."""
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
