@@ -87,6 +87,7 @@ class Args:
     adam_eps: float = 1e-5  # epsilon of Adam
     target_kl: float | None = None  # stop the epochs of an iteration once the approximate KL divergence exceeds this
     hidden_size: int = 256  # width of the layer between the convolutions and the heads
+    bfloat16: bool = False  # compute all layers but the heads in bfloat16, which some CPUs do faster
 
     xpid: str | None = None  # name of the run; by default made of the hyperparameters and the seed
     model_saving_dir: str = "models"  # checkpoints go to {model_saving_dir}/{env_id}/{xpid}/
@@ -335,6 +336,8 @@ def train(args: Args) -> None:
     rewards, dones = np.zeros(shape, np.float32), np.zeros(shape, bool)
 
     agent = Agent(args).to(device)
+    if args.bfloat16:
+        compute_in_bfloat16(agent.network, device)
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=args.adam_eps)
     envs, test_envs = make_envs(args), make_test_envs(args)
     test_start = test_envs.get_state()
@@ -523,6 +526,10 @@ def check_args(args: Args) -> None:
     require(args.total_timesteps >= batch, "total_timesteps", f"at least one iteration, num_envs * num_steps = {batch}")
     plain = args.xpid not in ("", "..") and args.xpid == Path(args.xpid).name and args.xpid.isprintable()
     require(plain and len(args.xpid.encode()) <= 200, "xpid", "a plain folder name of at most 200 bytes")
+    if getattr(args, "bfloat16", False) and not (args.cuda and torch.cuda.is_available()):
+        cpu = torch.cpu.get_capabilities()
+        if not (cpu.get("avx512_bf16") or cpu.get("amx_bf16")):
+            fail("--bfloat16 needs a CPU with avx512_bf16 or amx_bf16, or a GPU; it is slower here, so leave it out", 2)
     # A folder wandb/, which that package makes, is found as well, but has no origin.
     if args.track and getattr(importlib.util.find_spec("wandb"), "origin", None) is None:
         fail("--track needs the package wandb, which is not installed: pip install wandb, or leave --track out", 2)
@@ -551,6 +558,12 @@ def frames_per_backward(device: torch.device) -> int:
         return 64
     free_memory, _ = torch.cuda.mem_get_info(device)
     return 2 ** int(math.log2(max(free_memory / 2e6, 1)))
+
+
+def compute_in_bfloat16(network: nn.Module, device: torch.device) -> None:
+    """Let a part of an agent compute in bfloat16. Its weights, their gradients and its output stay float32."""
+    forward = torch.autocast(device.type, torch.bfloat16)(network.forward)
+    network.forward = lambda x: forward(x).float()
 
 
 class Stopped(Exception):
@@ -824,7 +837,9 @@ class Run:
         free = set(FREE_ARGUMENTS) & saved["args"].keys() & self.header["args"].keys()
         if getattr(self.args, "anneal_lr", False):  # the learning rate is annealed towards the end
             free.discard("total_timesteps")
-        then, now = ({flag(key): x for key, x in y["args"].items() if key not in free} for y in (saved, self.header))
+        now = self.header["args"]
+        then = {key: x for key, x in now.items() if x in (False, None)} | saved["args"]  # a switch newer than the run
+        then, now = ({flag(key): x for key, x in y.items() if key not in free} for y in (then, now))
         if changes := differences(then, now):
             way_out = "repeat them or choose another --xpid"
             fail(f"--resume cannot change the arguments of {self.folder} ({changes}); {way_out}", 2)

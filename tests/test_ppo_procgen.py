@@ -141,6 +141,42 @@ def test_heads_start_with_a_near_uniform_policy_and_uint8_frames_are_scaled_to_o
     assert seen[0].is_contiguous(memory_format=torch.channels_last)
 
 
+def test_bfloat16_computes_all_layers_but_the_heads_in_it_and_keeps_the_weights_in_float32():
+    agent, frames = Agent(Args()), torch.randint(0, 256, (8, 64, 64, 3), dtype=torch.uint8)
+    logits, _ = agent(frames)
+    dtypes = {}
+    for name, layer in agent.named_modules():
+        if isinstance(layer, (torch.nn.Conv2d, torch.nn.Linear)):
+            layer.register_forward_hook(lambda _, __, out, name=name: dtypes.update({name: out.dtype}))
+    ppo_procgen.compute_in_bfloat16(agent.network, torch.device("cpu"))
+    rounded, value = agent(frames)
+    heads = {name: dtypes.pop(name) for name in ("actor", "critic")}
+    assert set(heads.values()) == {torch.float32} and set(dtypes.values()) == {torch.bfloat16} and len(dtypes) == 16
+    assert not torch.equal(rounded, logits)
+    torch.testing.assert_close(rounded, logits, rtol=0.03, atol=0.001)
+    (rounded.logsumexp(1) + value).sum().backward()
+    assert all(weight.dtype == weight.grad.dtype == torch.float32 for weight in agent.parameters())
+
+
+def test_a_run_in_bfloat16(uninterrupted, tmp_path, monkeypatch):
+    """It has a name of its own, learns something else than one in float32, and is refused where it would be slow."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": False, "amx_bf16": False})
+    process = runs.train(tmp_path, "--bfloat16")
+    assert process.returncode == 2
+    assert_one_line(process.stderr, "--bfloat16 needs a CPU with")
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": False, "amx_bf16": True})
+    assert runs.train(tmp_path, "--bfloat16", "--total-timesteps", "64").returncode == 0
+    xpid = runs.XPID.replace("_0", "-bfloat16True_0")
+    (path,) = runs.run_dir(uninterrupted).glob("checkpoint/model_1_*.pt")
+    weights, first = (state["model_state_dict"] for state in (runs.final(tmp_path, xpid), runs.load(path)))
+    assert {weight.dtype for weight in weights.values()} == {torch.float32}
+    distance = sum((weights[name] - first[name]).norm() for name in first)
+    assert 0 < distance < 1
+    process = runs.train(tmp_path, "--total-timesteps", "128", "--resume", "--xpid", xpid)
+    assert process.returncode == 2
+    assert_one_line(process.stderr, "--bfloat16 was True, is False")
+
+
 def test_the_gradient_summed_over_chunks_is_that_of_the_minibatch(tmp_path, monkeypatch):
     one = ("--total-timesteps", "64", "--max-grad-norm", "1e9")
     assert runs.train(tmp_path, *one, "--xpid", "whole").returncode == 0
@@ -587,6 +623,19 @@ def test_an_argument_that_the_run_lacks_or_has_besides_is_refused(tmp_path):
     process = run_main(ppo_procgen, [*one, "--xpid", "y"], tmp_path)
     assert process.returncode == 2
     assert_one_line(process.stderr, "--drac-coef was 0.1, is absent")
+
+
+def test_a_switch_that_is_newer_than_the_run_may_be_off(tmp_path):
+    one = [*runs.SMALL, "--xpid", "x", "--total-timesteps", "64", "--resume"]
+    switch = ("    vf_coef: float = 0.5", "    drac: bool = False  # shift the frames\n    vf_coef: float = 0.5")
+    newer = fork(tmp_path, switch, name="ppo_procgen.py")
+    assert run_main(ppo_procgen, one, tmp_path).returncode == 0
+    one[one.index("64")] = "128"
+    process = run_main(newer, [*one, "--drac"], tmp_path)
+    assert process.returncode == 2
+    assert_one_line(process.stderr, "--drac was absent, is True")
+    process = run_main(newer, one, tmp_path)
+    assert process.returncode == 0 and "the source was" in process.stdout
 
 
 def test_a_changed_source_and_other_threads_are_said_and_kept(tmp_path):
