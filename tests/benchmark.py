@@ -220,7 +220,9 @@ def limits(device, env_id, result):
         steps += 1
     figures = {"epochs": args.update_epochs, "batch_size": args.num_envs * args.num_steps}
     figures |= {"archive_interval": args.archive_interval, "log_interval": args.log_interval}
+    cpu = torch.cpu.get_capabilities()
     figures |= {
+        "bfloat16": device == "cuda" or cpu.get("avx512_bf16", False) or cpu.get("amx_bf16", False),
         "threads": torch.get_num_threads(),
         "environment": steps * args.num_envs / (time.perf_counter() - start),
     }
@@ -308,12 +310,12 @@ def main():
     def new_folder():
         return Path(tempfile.mkdtemp(dir=root))
 
-    def train(num_envs=64, threads=None):
+    def train(*more, num_envs=64, threads=None):
         """Steps per second of an iteration of the script, of a length that keeps minibatches of 2048."""
         batch_size = num_envs * 256 if on_gpu else 2048
         sizes = ["--num-envs", num_envs, "--num-steps", batch_size // num_envs, "--num-minibatches", batch_size // 2048]
         iterations = 12 if on_gpu else 4
-        options = [*flags, *sizes, "--total-timesteps", iterations * batch_size, "--num-eval-episodes", 1]
+        options = [*flags, *sizes, "--total-timesteps", iterations * batch_size, "--num-eval-episodes", 1, *more]
         folder = new_folder()
         # Without the evaluations after iterations 1, 2, 4 and so on, which a long training hardly notices.
         code = f"import sys; sys.path.insert(0, {str(script.parent)!r}); import ppo_procgen"
@@ -354,17 +356,19 @@ def main():
     options[-1] = str((iterations + 1) * batch_size)
     resumed, _ = run_child(folder, "split", args.device, [*options, "--resume"])
 
-    own, other = [], []
+    own, other, rounded = [], [], []
     num_steps, num_minibatches = (256, 8) if on_gpu else (32, 1)
     for i in range(3):
         say(f"the script and the plain loop in turn, {i + 1} of 3")
         own.append(train())
+        if limit["bfloat16"]:
+            rounded.append(train("--bfloat16"))
         shape = (num_steps, num_minibatches, 6 if on_gpu else 2)
         result, _ = run_child(root, "plain", args.device, args.env_id, *shape)
         other.append(num_steps * 64 / statistics.median(result["seconds"]))
 
     say("numbers of games")
-    by_games = {num_envs: train(num_envs) for num_envs in (16, 256)} | {64: statistics.median(own)}
+    by_games = {num_envs: train(num_envs=num_envs) for num_envs in (16, 256)} | {64: statistics.median(own)}
     cores = limit["threads"]
     by_threads = {}
     for threads in [2**i for i in range(10) if 2**i < cores]:
@@ -441,6 +445,9 @@ def main():
         (other, own),
         f"{statistics.median(other):,.0f} and {statistics.median(own):,.0f} steps/s, {ratio:.2f} x",
     )
+    if rounded:
+        values = statistics.median(rounded), statistics.median(rounded) / statistics.median(own)
+        row("the script in turn with --bfloat16", values, f"{values[0]:,.0f} steps/s, {values[1]:.2f} x")
     row("training by the number of games", by_games, several(by_games))
     row("training by the number of threads", by_threads, several(by_threads))
     row("memory of training", peak, f"{peak / 1e9:.2f} GB, {(peak - baseline) / 1e9:.2f} above importing PyTorch")

@@ -9,7 +9,7 @@ from runs import run_main
 import collect_procgen
 import ppo_procgen
 
-LONGEST = ["test_collect_procgen", "test_replay", "test_resume", "test_slurm", "test_ppo_procgen", "test_sweep"]
+LONGEST = "test_collect_procgen test_replay test_resume test_slurm test_ppo_procgen test_sweep test_checkpoints".split()
 
 
 def pytest_collection_modifyitems(items):

@@ -41,8 +41,8 @@ def test_ratio_choices(starpilot, tmp_path):
     make_run(tmp_path, starpilot, "negative_2", {5: -3.0, 10: -1.1, 50: -2.0}, -2.0)  # 0.5 x -2 = -1
     make_run(tmp_path, starpilot, "unfinished_3", {5: 1.0}, None)
     make_run(tmp_path, starpilot, "seed_12", {5: 1.0, 10: 0.4}, 1.0)
-    arguments = ["--env-id", "starpilot", "--ratio-checkpoint-dir", str(tmp_path), "--num-episodes", "2"]
-    arguments += ["--num-envs", "2", "--no-cuda"]
+    arguments = ["--env-id", "starpilot", "--ratio-checkpoint-dir", str(tmp_path), "--num-episodes", "1"]
+    arguments += ["--num-envs", "1", "--no-cuda"]
     process = run_main(collect_procgen, [*arguments, "--ratio", "0.5"], tmp_path)
     assert process.returncode == 0, process.stderr
     chosen = {}
@@ -53,6 +53,8 @@ def test_ratio_choices(starpilot, tmp_path):
     assert "unfinished_3 is skipped" in process.stdout
     assert "plain_0: model_10_3.00.pt with test return 3.00, wanted 3.00" in process.stdout
     # ratio 1.0 is the final checkpoint itself, with its own seed
+    for path in (tmp_path / "starpilot").glob("*_[0-3]"):
+        shutil.rmtree(path)
     assert run_main(collect_procgen, [*arguments, "--ratio", "1.0"], tmp_path).returncode == 0
     found = json.loads((tmp_path / "starpilot/seed_12/test_dataset/1.0/metadata.json").read_text())
     assert (found["iteration"], found["args"]["seed"]) == (99, 12)

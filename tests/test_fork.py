@@ -5,13 +5,12 @@ import json
 import shlex
 import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from check_resume import differences, read_run, run_disturbed, run_undisturbed
+from check_resume import differences, launch, read_run, run_disturbed, run_undisturbed
 
 ROOT = Path(__file__).resolve().parent.parent
 NAME = "ppo_drac_procgen.py"
@@ -54,7 +53,8 @@ def fork(tmp_path_factory):
 
 
 def run(folder, *words):
-    return subprocess.run([sys.executable, *map(str, words)], cwd=folder, capture_output=True, text=True, timeout=300)
+    """Run one of the folder's scripts there."""
+    return launch([str(folder / words[0]), *map(str, words[1:])], folder)
 
 
 def test_a_fork_has_runs_of_its_own_and_resumes_exactly(fork, tmp_path):
@@ -75,13 +75,13 @@ def test_a_fork_is_collected_with_its_own_network(fork):
     (checkpoint,) = folder.glob("models/bossfight/*/final/*.pt")
     options = ["--num-episodes", "2", "--num-envs", "2", "--no-cuda", "--dataset-saving-dir", "dataset"]
     command = ["collect_procgen.py", "--checkpoint", checkpoint, *options]
-    assert run(folder, *command).returncode == 2
+    assert run(folder, *command).code == 2
     process = run(folder, *command, "--agent-from", NAME)
-    assert process.returncode == 0, process.stderr
+    assert process.code == 0, process.printed
     metadata = json.loads((folder / "dataset" / "metadata.json").read_text())
     assert metadata["agent_from"]["name"] == metadata["script"] == NAME
     process = run(folder, "collect_procgen.py", "--verify", "dataset", "--checkpoint", checkpoint, "--agent-from", NAME)
-    assert process.returncode == 0, process.stdout + process.stderr
+    assert process.code == 0, process.printed
     weight = torch.load(checkpoint, weights_only=True)["model_state_dict"]["network.0.conv.weight"]
     assert len(weight) == 32  # twice the parent's
 
@@ -92,10 +92,10 @@ def test_a_fork_is_swept_by_its_own_arguments(fork):
     grid |= {"num_minibatches": [2], "update_epochs": [1], "total_timesteps": [64], "num_eval_episodes": [1]}
     (folder / "my_grid.json").write_text(json.dumps({"script": NAME, "grid": grid}))
     sweep = ["sweep.py", "--grid-config", "my_grid.json", "--python", sys.executable]
-    lines = run(folder, *sweep).stdout.splitlines()
+    lines = [line for line in run(folder, *sweep).printed.splitlines() if "--xpid" in line]
     assert [("drac_coef0.3" in line.split("--xpid")[1]) for line in lines] == [False, True]
     for line in lines:
-        process = subprocess.run(shlex.split(line), cwd=folder, capture_output=True, text=True, timeout=300)
-        assert process.returncode == 0, process.stderr
+        process = run(folder, *shlex.split(line)[1:])
+        assert process.code == 0, process.printed
     process = run(folder, *sweep, "--action", "status")
-    assert process.returncode == 0 and "2 runs: 2 done" in process.stdout, process.stdout + process.stderr
+    assert process.code == 0 and "2 runs: 2 done" in process.printed, process.printed

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import runs
 import torch
-from check_resume import MOMENTS, differences, read_run, run_disturbed, run_undisturbed
+from check_resume import MOMENTS, differences, launch, read_run, run_disturbed, run_undisturbed
 from conftest import assert_one_line, wait_for
 from runs import ROOT, run_main
 
@@ -209,24 +209,19 @@ def test_files_that_others_are_writing_in_a_run_are_left_alone(uninterrupted, tm
 
 def test_a_signal_saves_and_exits_75(uninterrupted, tmp_path):
     def stop(signum):
-        folder = tmp_path / signum.name
-        folder.mkdir()
-        command = [*runs.SCRIPT, *runs.SMALL, "--resume", "--log-interval", "100"]  # so that only the signal saves
-        process = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True)
-        wait_for((runs.run_dir(folder) / "progress.csv").exists, process)
-        process.send_signal(signum)
-        return folder, signum, process.communicate(timeout=60)[0], process.returncode
+        command = [runs.SCRIPT[1], *runs.SMALL, "--resume", "--log-interval", "100"]  # so that only the signal saves
+        return launch(command, tmp_path / signum.name, "backward", 7, signum)
 
-    with ThreadPoolExecutor() as pool:
-        stopped = list(pool.map(stop, ppo_procgen.STOP_SIGNALS))
+    with ThreadPoolExecutor(2) as pool:
+        stopped = dict(zip(ppo_procgen.STOP_SIGNALS, pool.map(stop, ppo_procgen.STOP_SIGNALS)))
     assert len(stopped) == 3
-    for folder, signum, output, code in stopped:
-        assert code == 75
-        assert f"stopped by {signum.name}" in output
-        saved = runs.load(runs.run_dir(folder) / "rolling" / "model.pt")["iteration"]
-        assert 1 <= saved < 6 and len(runs.progress(folder)) == saved
-        assert runs.train(folder, "--resume").returncode == 0
-        runs.assert_same_run(folder, uninterrupted)
+    for signum, run in stopped.items():
+        assert run.code == 75 and f"stopped by {signum.name}" in run.printed
+        folder = tmp_path / signum.name
+        assert runs.load(runs.run_dir(folder) / "rolling" / "model.pt")["iteration"] == len(runs.progress(folder)) == 3
+        assert not differences(read_run(folder), read_run(tmp_path / "SIGTERM"))
+    assert runs.train(folder, "--resume").returncode == 0
+    runs.assert_same_run(folder, uninterrupted)
 
 
 LATE = """
