@@ -482,7 +482,7 @@ def test_progress_and_tensorboard_hold_the_same_numbers(uninterrupted):
 
 def test_the_curves_count_every_finished_episode(tmp_path):
     """With 128 steps of 8 games in one iteration, the statistics are those of a plain count over the same games."""
-    sizes = "--num-envs 8 --num-steps 128 --total-timesteps 1024 --num-minibatches 8 --num-eval-episodes 1".split()
+    sizes = "--num-envs 8 --num-steps 128 --total-timesteps 1024 --num-minibatches 8".split()
     assert runs.train(tmp_path, "--env-id", "jumper", *sizes, "--xpid", "x").returncode == 0
     envs = ProcgenVectorEnv(8, "jumper", "easy", 0, 200, seed=0)
     torch.manual_seed(0)
