@@ -88,11 +88,11 @@ def test_a_checkpoint_is_loaded_as_it_says(trained):
 
 
 def test_its_learning_table_is_that_of_the_reference_runs():
-    rows = re.findall(r"^\| (\w+) \| ([\d,]+) \| ([\d.]+) \| ([\d.]+) \|", README, re.MULTILINE)
+    rows = re.findall(r"^\| (\w+)(, `--bfloat16`)? \| ([\d,]+) \| ([\d.]+) \| ([\d.]+) \|", README, re.MULTILINE)
     runs = Path(__file__).resolve().parent / "reference_runs"
     assert len(rows) == len(list(runs.glob("*.csv")))
-    for game, *numbers in rows:
-        (path,) = runs.glob(f"{game}-*.csv")
+    for game, flag, *numbers in rows:
+        (path,) = runs.glob(f"{game}-*{'-bfloat16True' if flag else '0.01'}_0.csv")
         with open(path) as file:
             last = list(csv.DictReader(file))[-1]
         returns = [f"{float(last[name]):.2f}" for name in ("charts/episodic_return", "charts/test_return")]
