@@ -9,12 +9,13 @@ from runs import run_main
 import collect_procgen
 import ppo_procgen
 
-LONGEST = "test_collect_procgen test_replay test_resume test_slurm test_ppo_procgen test_sweep test_checkpoints".split()
+# The files as they are begun, the longest first, so that no process is left alone with one at the end. Others follow.
+ORDER = "slurm resume ppo_procgen replay interrupted checkpoints collect_procgen verify sweep fork".split()
 
 
 def pytest_collection_modifyitems(items):
-    """The longest files first, so that no process is left alone with one at the end."""
-    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
+    places = {f"test_{name}": place for place, name in enumerate(ORDER)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(ORDER)))
 
 
 @pytest.fixture(scope="session")
@@ -46,7 +47,7 @@ def starpilot(trained):
     return trained("starpilot")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def recording(starpilot, tmp_path_factory):
     """The twelve episodes of `dataset` without their frames."""
     folder = tmp_path_factory.mktemp("recording") / "r"
@@ -54,7 +55,7 @@ def recording(starpilot, tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def dataset(starpilot, tmp_path_factory):
     """Twelve episodes of starpilot from four games."""
     folder = tmp_path_factory.mktemp("dataset") / "starpilot"
