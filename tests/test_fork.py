@@ -5,6 +5,7 @@ import json
 import shlex
 import shutil
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -53,8 +54,7 @@ def fork(tmp_path_factory):
 
 
 def run(folder, *words):
-    """Run one of the folder's scripts there."""
-    return launch([str(folder / words[0]), *map(str, words[1:])], folder)
+    return subprocess.run([sys.executable, *map(str, words)], cwd=folder, capture_output=True, text=True, timeout=300)
 
 
 def test_a_fork_has_runs_of_its_own_and_resumes_exactly(fork, tmp_path):
@@ -75,13 +75,13 @@ def test_a_fork_is_collected_with_its_own_network(fork):
     (checkpoint,) = folder.glob("models/bossfight/*/final/*.pt")
     options = ["--num-episodes", "2", "--num-envs", "2", "--no-cuda", "--dataset-saving-dir", "dataset"]
     command = ["collect_procgen.py", "--checkpoint", checkpoint, *options]
-    assert run(folder, *command).code == 2
+    assert run(folder, *command).returncode == 2
     process = run(folder, *command, "--agent-from", NAME)
-    assert process.code == 0, process.printed
+    assert process.returncode == 0, process.stderr
     metadata = json.loads((folder / "dataset" / "metadata.json").read_text())
     assert metadata["agent_from"]["name"] == metadata["script"] == NAME
     process = run(folder, "collect_procgen.py", "--verify", "dataset", "--checkpoint", checkpoint, "--agent-from", NAME)
-    assert process.code == 0, process.printed
+    assert process.returncode == 0, process.stdout + process.stderr
     weight = torch.load(checkpoint, weights_only=True)["model_state_dict"]["network.0.conv.weight"]
     assert len(weight) == 32  # twice the parent's
 
@@ -92,10 +92,11 @@ def test_a_fork_is_swept_by_its_own_arguments(fork):
     grid |= {"num_minibatches": [2], "update_epochs": [1], "total_timesteps": [64], "num_eval_episodes": [1]}
     (folder / "my_grid.json").write_text(json.dumps({"script": NAME, "grid": grid}))
     sweep = ["sweep.py", "--grid-config", "my_grid.json", "--python", sys.executable]
-    lines = [line for line in run(folder, *sweep).printed.splitlines() if "--xpid" in line]
+    lines = run(folder, *sweep).stdout.splitlines()
     assert [("drac_coef0.3" in line.split("--xpid")[1]) for line in lines] == [False, True]
     for line in lines:
-        process = run(folder, *shlex.split(line)[1:])
+        script, *words = shlex.split(line)[1:]
+        process = launch([str(folder / script), *words], folder)
         assert process.code == 0, process.printed
     process = run(folder, *sweep, "--action", "status")
-    assert process.code == 0 and "2 runs: 2 done" in process.printed, process.printed
+    assert process.returncode == 0 and "2 runs: 2 done" in process.stdout, process.stdout + process.stderr
