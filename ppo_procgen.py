@@ -526,10 +526,8 @@ def check_args(args: Args) -> None:
     require(args.total_timesteps >= batch, "total_timesteps", f"at least one iteration, num_envs * num_steps = {batch}")
     plain = args.xpid not in ("", "..") and args.xpid == Path(args.xpid).name and args.xpid.isprintable()
     require(plain and len(args.xpid.encode()) <= 200, "xpid", "a plain folder name of at most 200 bytes")
-    if getattr(args, "bfloat16", False) and not (args.cuda and torch.cuda.is_available()):
-        cpu = torch.cpu.get_capabilities()
-        if not (cpu.get("avx512_bf16") or cpu.get("amx_bf16")):
-            fail("--bfloat16 needs a CPU with avx512_bf16 or amx_bf16, or a GPU; it is slower here, so leave it out", 2)
+    if getattr(args, "bfloat16", False) and not has_bfloat16(args):
+        fail("--bfloat16 needs a CPU with avx512_bf16 or amx_bf16, or a GPU; it is slower here, so leave it out", 2)
     # A folder wandb/, which that package makes, is found as well, but has no origin.
     if args.track and getattr(importlib.util.find_spec("wandb"), "origin", None) is None:
         fail("--track needs the package wandb, which is not installed: pip install wandb, or leave --track out", 2)
@@ -558,6 +556,12 @@ def frames_per_backward(device: torch.device) -> int:
         return 64
     free_memory, _ = torch.cuda.mem_get_info(device)
     return 2 ** int(math.log2(max(free_memory / 2e6, 1)))
+
+
+def has_bfloat16(args: Args) -> bool:
+    """Whether the run's device computes in bfloat16 by itself. Taken for granted of a GPU."""
+    cpu = torch.cpu.get_capabilities()
+    return args.cuda and torch.cuda.is_available() or cpu.get("avx512_bf16", False) or cpu.get("amx_bf16", False)
 
 
 def compute_in_bfloat16(network: nn.Module, device: torch.device) -> None:
