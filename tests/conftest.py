@@ -1,7 +1,10 @@
 """What the test files share."""
 
+import os
+import shutil
 import time
 
+import check_resume
 import pytest
 import runs
 from runs import run_main
@@ -11,6 +14,12 @@ import ppo_procgen
 
 # The files as they are begun, the longest first, so that no process is left alone with one at the end. Others follow.
 ORDER = "slurm resume ppo_procgen replay interrupted checkpoints collect_procgen verify sweep fork".split()
+
+
+def pytest_xdist_auto_num_workers(config):
+    """A process for each core, and one for Slurm's tests, which mostly wait. Each loads PyTorch and trains anew."""
+    with_slurm = shutil.which("slurmctld") and "test_slurm" not in str(config.getoption("ignore"))
+    return len(os.sched_getaffinity(0)) + bool(with_slurm)
 
 
 def pytest_collection_modifyitems(items):
@@ -79,11 +88,11 @@ def assert_one_line(stderr, *parts):
 
 @pytest.fixture(scope="session")
 def uninterrupted(tmp_path_factory):
-    """A folder with a run of six iterations that nothing disturbed."""
+    """A folder with a run of six iterations that nothing disturbed, in a process of its own."""
     folder = tmp_path_factory.mktemp("uninterrupted")
-    process = runs.launch(folder)
-    assert process.returncode == 0, process.stderr
-    (folder / "printed").write_text(process.stdout)
+    process = check_resume.launch([runs.SCRIPT[1], *runs.SMALL], folder)
+    assert process.code == 0, process.printed
+    (folder / "printed").write_text(process.printed)
     return folder
 
 

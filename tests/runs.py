@@ -71,14 +71,8 @@ DODGEBALL += (
 DODGEBALL += ["--no-cuda", "--save-dataset"]
 
 
-def launch(folder, *more):
-    """Run the script in folder, in a process of its own; return the finished process."""
-    command = [*SCRIPT, *SMALL, *more]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
-
-
 def train(folder, *more):
-    """The same in this process, which has PyTorch and Procgen's images loaded already."""
+    """Run the script in folder, in this process, which has PyTorch and Procgen's images loaded already."""
     return run_main(ppo_procgen, [*SMALL, *more], folder)
 
 

@@ -5,12 +5,12 @@ import importlib.util
 import json
 import os
 import shutil
-import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
+from check_resume import launch
 from conftest import assert_one_line, collect
 from datasets import episodes, metadata, rewrite, verify
 from runs import ROOT, run_main
@@ -122,9 +122,9 @@ def elu(tmp_path_factory):
     source = (ROOT / "ppo_procgen.py").read_text()
     (folder / "ppo_elu_procgen.py").write_text(source.replace("nn.ReLU(inplace=True)", "nn.ELU()"))
     sizes = "--env-id starpilot --num-envs 4 --num-steps 16 --num-minibatches 2 --total-timesteps 128 --no-cuda"
-    command = [sys.executable, "ppo_elu_procgen.py", *sizes.split(), "--num-eval-episodes", "1"]
-    process = subprocess.run([*command, "--learning-rate", "0.001"], cwd=folder, capture_output=True, text=True)
-    assert process.returncode == 0, process.stderr
+    options = [*sizes.split(), "--num-eval-episodes", "1", "--learning-rate", "0.001"]
+    process = launch([str(folder / "ppo_elu_procgen.py"), *options], folder)
+    assert process.code == 0, process.printed
     return folder / "ppo_elu_procgen.py", next(folder.glob("models/starpilot/*/final/*.pt"))
 
 

@@ -74,10 +74,10 @@ def test_a_fork_is_collected_with_its_own_network(fork):
     folder, _ = fork
     (checkpoint,) = folder.glob("models/bossfight/*/final/*.pt")
     options = ["--num-episodes", "2", "--num-envs", "2", "--no-cuda", "--dataset-saving-dir", "dataset"]
-    command = ["collect_procgen.py", "--checkpoint", checkpoint, *options]
-    assert run(folder, *command).returncode == 2
-    process = run(folder, *command, "--agent-from", NAME)
-    assert process.returncode == 0, process.stderr
+    command = [str(folder / "collect_procgen.py"), "--checkpoint", str(checkpoint), *options]
+    assert launch(command, folder).code == 2
+    process = launch([*command, "--agent-from", NAME], folder)
+    assert process.code == 0, process.printed
     metadata = json.loads((folder / "dataset" / "metadata.json").read_text())
     assert metadata["agent_from"]["name"] == metadata["script"] == NAME
     process = run(folder, "collect_procgen.py", "--verify", "dataset", "--checkpoint", checkpoint, "--agent-from", NAME)

@@ -148,11 +148,13 @@ def test_the_budget_counts_what_was_played_when_a_half_acted_last():
 
 
 def test_a_full_disk_is_one_line_and_no_partial_file(starpilot, tmp_path):
-    limit = 8_000  # bytes a file: as on a full disk, the system call fails in the middle of a write
-    command = [*SCRIPT, "--checkpoint", str(starpilot), "--dataset-saving-dir", str(tmp_path / "d"), "--no-cuda"]
-    command += ["--num-envs", "4", "--num-episodes", "12"]
-    full = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))}
-    process = subprocess.run(command, capture_output=True, text=True, **full)
+    limit, (soft, hard) = 8_000, resource.getrlimit(resource.RLIMIT_FSIZE)
+    # Bytes of a file: as on a full disk, the system call fails in the middle of a write.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        process = collect(tmp_path / "d", starpilot, "--num-episodes", "12")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert process.returncode == 1
     assert_one_line(process.stderr, str(tmp_path / "d"), "could not be written")
     assert metadata(tmp_path / "d")["complete"] is False

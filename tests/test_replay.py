@@ -88,13 +88,13 @@ def test_drawing_that_was_killed_goes_on(recording, dataset, tmp_path, monkeypat
 
 @pytest.fixture(scope="module")
 def rollouts(tmp_path_factory):
-    """The recording of five iterations of 128 steps of four games of jumper, begun, killed and resumed."""
+    """The recording of five iterations of 128 steps of two games of leaper, begun, killed and resumed."""
     folder = tmp_path_factory.mktemp("rollouts")
-    sizes = "--env-id jumper --num-envs 4 --num-steps 128 --num-minibatches 2 --update-epochs 1 --num-eval-episodes 1"
+    sizes = "--env-id leaper --num-envs 2 --num-steps 128 --num-minibatches 2 --update-epochs 1 --num-eval-episodes 1"
     command = [*sizes.split(), "--log-interval", "2", "--save-dataset", "--no-cuda", "--resume", "--total-timesteps"]
-    for steps in ("1024", "2560"):
+    for steps in ("512", "1280"):
         assert run_main(ppo_procgen, [*command, steps], folder).returncode == 0
-    return next(folder.glob("models/jumper/*/rollouts"))
+    return next(folder.glob("models/leaper/*/rollouts"))
 
 
 def test_the_recording_of_a_training_is_drawn_in_whole_or_in_part(rollouts, tmp_path):
@@ -103,11 +103,11 @@ def test_the_recording_of_a_training_is_drawn_in_whole_or_in_part(rollouts, tmp_
     actions, dones, rewards, log_probs = (
         np.concatenate([chunk[name] for chunk in chunks]) for name in ("actions", "dones", "rewards", "log_probs")
     )
-    assert actions.shape == (640, 4)
+    assert actions.shape == (640, 2)
     ends = [(t, game) for t, game in np.argwhere(dones)]
     found = episodes(tmp_path / "all")
-    assert len(found) == len(ends) > 8
-    begins, numbers = [0] * 4, {}
+    assert len(found) == len(ends) > 5
+    begins, numbers = [0] * 2, {}
     for number, (t, game) in enumerate(ends, 1):
         for key, array in (("actions", actions), ("rewards", rewards)):
             assert np.array_equal(found[number][1][key][:, 0], array[begins[game] : t + 1, game])

@@ -559,7 +559,7 @@ def start_sweep(folder, *arguments):
 
 
 def test_a_sweep_that_runs_here_is_stopped_and_goes_on_and_status_follows_it(tmp_path):
-    grid = {**TINY, "env_id": ["leaper", "starpilot"], "total_timesteps": [640], "archive_interval": [10]}
+    grid = {**TINY, "env_id": ["bossfight", "starpilot"], "total_timesteps": [640], "archive_interval": [10]}
     options = [write_grid(tmp_path, grid), "--python", sys.executable]
     table, summary, code = rows(tmp_path, *options)
     assert (table["env_id=starpilot"]["not started"], table["env_id=starpilot"]["progress"], code) == ("1", "0.0 %", 3)
@@ -612,25 +612,19 @@ def test_a_sweep_that_runs_here_is_stopped_and_goes_on_and_status_follows_it(tmp
     assert not commands(tmp_path, *options, "--only-missing")
 
     # The collection from these runs; another script's are left out, as they are by the script.
-    (run,) = tmp_path.glob("models/leaper/*/")
+    (run,) = tmp_path.glob("models/bossfight/*/")
     shutil.copytree(run, run.with_name("another"))
     (run.with_name("another") / "ppo_procgen.py").rename(run.with_name("another") / "ppo_mine_procgen.py")
     for path in run.with_name("another").glob("*/*.pt"):
         torch.save({**torch.load(path, weights_only=True), "script": "ppo_mine_procgen.py"}, path)
-    grid = {
-        "env_id": ["leaper"],
-        "ratio": [1.0, 0.75],
-        "total_timesteps": [50],
-        "num_envs": [2],
-        "preview": [0],
-    }
+    grid = {"env_id": ["bossfight"], "ratio": [1.0, 0.75], "total_timesteps": [50], "num_envs": [2], "preview": [0]}
     grid = write_grid(tmp_path, grid, "collect_procgen.py", "collecting")
     _, summary, code = rows(tmp_path, grid)
     assert code == 3 and "2 not started" in summary
     for line in commands(tmp_path, grid):
         assert run_main(collect_procgen, shlex.split(line)[2:], tmp_path).returncode == 0
     table, _, code = rows(tmp_path, grid)
-    (metadata,) = tmp_path.glob("models/leaper/*/test_dataset/0.75/metadata.json")
+    (metadata,) = tmp_path.glob("models/bossfight/*/test_dataset/0.75/metadata.json")
     mean = json.loads(metadata.read_text())["return_mean"]
     assert code == 0 and table["ratio=0.75"]["final test"] == f"{mean:.2f}"
     assert not commands(tmp_path, grid, "--only-missing")
