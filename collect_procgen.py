@@ -24,6 +24,7 @@ if __name__ == "__main__":  # a signal while PyTorch is still loading: there is 
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import bisect
+import contextlib
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -1350,7 +1351,7 @@ def wrong_log_probs(path: Path, agent: nn.Module, tolerance: float) -> str | Non
 class Worker(threading.local):
     """For each thread that checks episodes a process, as Procgen ends the whole process where a state is damaged."""
 
-    pool = None
+    pool, pools = None, []  # this thread's, and those of all threads
 
     def fault_in(self, *arguments) -> str | None:
         if self.pool is None:  # Procgen does not survive a fork; PyTorch is loaded before it, once, as that takes long
@@ -1359,6 +1360,7 @@ class Worker(threading.local):
             context = multiprocessing.get_context("forkserver")
             context.set_forkserver_preload(["torch"])
             self.pool = ProcessPoolExecutor(1, context)
+            self.pools.append(self.pool)
         try:
             return self.pool.submit(fault_in, *arguments).result()
         except BrokenProcessPool:
@@ -1366,6 +1368,10 @@ class Worker(threading.local):
             return "the replay makes Procgen end its process"
         except Exception as error:  # whatever a strange value leads to
             return f"the replay failed ({one_line(error)})"
+
+    def close(self) -> None:
+        while self.pools:
+            self.pools.pop().shutdown()
 
 
 WORKER = Worker()
@@ -1445,7 +1451,8 @@ def verify_episodes(args, folder, metadata, agent, compare_frames) -> tuple:
     if len(set(indices)) < len(indices):
         print("two episodes have the same index in their names")
         failed.append(folder)
-    with Dataset(None, args, metadata, ("episodes", len(paths))) as dataset, ThreadPoolExecutor(CORES) as pool:
+    dataset = Dataset(None, args, metadata, ("episodes", len(paths)))
+    with dataset, contextlib.closing(WORKER), ThreadPoolExecutor(CORES) as pool:
         try:
             signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # the threads inherit it: this one is told
             futures = {pool.submit(WORKER.fault_in, path, dataset.levels, compare_frames): path for path in paths}

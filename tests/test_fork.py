@@ -80,8 +80,9 @@ def test_a_fork_is_collected_with_its_own_network(fork):
     assert process.code == 0, process.printed
     metadata = json.loads((folder / "dataset" / "metadata.json").read_text())
     assert metadata["agent_from"]["name"] == metadata["script"] == NAME
-    process = run(folder, "collect_procgen.py", "--verify", "dataset", "--checkpoint", checkpoint, "--agent-from", NAME)
-    assert process.returncode == 0, process.stdout + process.stderr
+    command = [command[0], "--verify", "dataset", "--checkpoint", str(checkpoint), "--agent-from", NAME]
+    process = launch(command, folder)
+    assert process.code == 0, process.printed
     weight = torch.load(checkpoint, weights_only=True)["model_state_dict"]["network.0.conv.weight"]
     assert len(weight) == 32  # twice the parent's
 
