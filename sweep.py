@@ -348,7 +348,7 @@ def expand(args: Args, path: Path) -> list:
             command, name = [*words, flag("seed", seed, "int")], f"{path.stem}_{len(runs) + 1}"
             if xpid is not None:
                 settings["xpid"] = name = f"{xpid}_{seed}"
-                if len(name.encode()) > 200:
+                if len(name) > 200:  # quoted, so that a character is a byte
                     fail(f'{path}: the xpid {name} has more than 200 bytes; give the grid one, "xpid": ["short"]', 2)
                 command.append(flag("xpid", name, "str"))
                 folders.add((settings.get("env_id"), name))

@@ -555,7 +555,7 @@ def rows(folder, *arguments):
 def start_sweep(folder, *arguments):
     command = [sys.executable, PROJECT / "sweep.py", "--grid-config", *map(str, arguments), "--action", "local"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen([*command, "--python", sys.executable], cwd=folder, **pipes)
+    return subprocess.Popen([*command, "--python", sys.executable], cwd=folder, start_new_session=True, **pipes)
 
 
 def test_a_sweep_that_runs_here_is_stopped_and_goes_on_and_status_follows_it(tmp_path):
@@ -680,12 +680,12 @@ time.sleep(60)
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_stops_what_runs_here_ready_or_not(tmp_path, signum):
-    """Also what is still importing, and dies of the signal."""
+    """Also what is still importing, and dies of the signal. A terminal's Ctrl-C goes to all processes of a group."""
     script = write_script(tmp_path, STOPPABLE)
     grid = write_grid(tmp_path, {"number": [0, 1, 2], "handles": [True, False]}, script)
     process = start_sweep(tmp_path, grid, "--workers", 3)
     wait_for(lambda: (tmp_path / "started").exists() and (tmp_path / "started").read_text() == "xxx", process)
-    process.send_signal(signum)
+    os.killpg(process.pid, signum)
     output = process.communicate()[0]
     assert process.returncode == 75
     assert output.splitlines()[-1].startswith("6 runs: 0 done, 0 failed, 3 stopped, 3 not started")
@@ -757,6 +757,11 @@ def test_the_bootstrap_is_stratified_and_covers_the_spread_of_seeds():
     values = list(np.random.default_rng(0).normal(0.5, 0.1, 400))
     mean, low, high = map(float, re.findall(r"\d\.\d\d", sweep.interquartile_mean({"a": values})))
     assert low < mean < high and high - low == pytest.approx(4 * 0.1 / 20 * 1.1, abs=0.011)
+
+
+def test_of_nine_runs_the_middle_five_count():
+    """As scipy's trim_mean(x, 0.25) has it."""
+    assert sweep.interquartile_mean({"a": [1.0, 0.0, 0.9, 0.0, 0.3, 0.2, 1.0, 0.1, 0.0]}).startswith("0.30 ")
 
 
 def test_status_puts_the_seeds_of_a_named_configuration_together(tmp_path):
