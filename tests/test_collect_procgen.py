@@ -147,9 +147,11 @@ def test_a_time_limit_is_a_truncation(trained, tmp_path):
 
 
 def test_a_preview_is_drawn(dataset):
+    """The first, middle and last frame that the policy saw of an episode."""
     sheet = np.asarray(Image.open(dataset / "preview.png"))
-    first = next(iter(episodes(dataset).values()))[1]["observations"][0].transpose(1, 2, 0)
-    assert np.array_equal(sheet[14 : 14 + 128 : 2, :128:2], first)
+    frames = next(iter(episodes(dataset).values()))[1]["observations"][:-1].transpose(0, 2, 3, 1)
+    for left, frame in ((0, frames[0]), (132, frames[len(frames) // 2]), (264, frames[-1])):
+        assert np.array_equal(sheet[14 : 14 + 128 : 2, left : left + 128 : 2], frame)
     assert sheet.shape[0] == 8 * (128 + 14)
 
 

@@ -92,6 +92,14 @@ def test_a_complete_dataset_is_left_alone_and_can_be_extended(dataset, starpilot
     assert verify(folder).returncode == 0
 
 
+def test_a_dataset_of_a_gpu_stays_one_when_a_cpu_extends_it(dataset, starpilot, tmp_path):
+    """Its log-probabilities are less precise, which --verify --checkpoint has to know."""
+    shutil.copytree(dataset, tmp_path / "d")
+    (tmp_path / "d" / "metadata.json").write_text(json.dumps({**metadata(dataset), "device": "cuda"}))
+    assert collect(tmp_path / "d", starpilot, "--num-episodes", "13").returncode == 0
+    assert metadata(tmp_path / "d")["device"] == "cuda" and metadata(dataset)["device"] == "cpu"
+
+
 @pytest.mark.parametrize("change", ["--num-levels=100", "--start-level=5", "--distribution-mode=hard", "checkpoint"])
 def test_another_dataset_is_refused(change, dataset, starpilot, tmp_path):
     if change == "checkpoint":

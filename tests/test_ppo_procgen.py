@@ -30,6 +30,7 @@ from runs import ROOT, run_main
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.compat.tensorflow_stub.io.gfile import LocalFileSystem
 
+import collect_procgen
 import ppo_procgen
 from ppo_procgen import Agent, Args, ProcgenVectorEnv
 
@@ -457,6 +458,29 @@ def test_files_and_names(uninterrupted):
         Agent(Args()).load_state_dict(state["model_state_dict"])
 
 
+def test_early_iterations_are_archived_too():
+    run = SimpleNamespace(args=Args(archive_interval=50))
+    archived = [i for i in range(1, 151) if ppo_procgen.Run.archives(run, i)]
+    assert archived == [1, 2, 4, 8, 16, 32, 50, 100, 150]
+
+
+@pytest.mark.parametrize("module", [ppo_procgen, collect_procgen])
+def test_a_file_is_whole_and_on_the_disk_before_it_gets_its_name(module, tmp_path, monkeypatch):
+    path, flushed = tmp_path / "file", []
+    path.write_bytes(b"old")
+    fsync, replace = os.fsync, os.replace
+
+    def check_and_replace(source, target):
+        assert flushed == [str(source)] and target == path
+        assert path.read_bytes() == b"old" and source.read_bytes() == b"new"
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", lambda file: (flushed.append(os.readlink(f"/proc/self/fd/{file}")), fsync(file)))
+    monkeypatch.setattr(os, "replace", check_and_replace)
+    module.write_file(path, b"new")
+    assert path.read_bytes() == b"new" and list(tmp_path.iterdir()) == [path]
+
+
 def test_a_run_keeps_the_source_that_made_it(uninterrupted):
     source = (ROOT / "ppo_procgen.py").read_bytes()
     assert (runs.run_dir(uninterrupted) / "ppo_procgen.py").read_bytes() == source
@@ -510,6 +534,15 @@ def test_the_curves_count_every_finished_episode(tmp_path):
     tested = ppo_procgen.evaluate(agent, envs, envs.get_state(), 0, torch.device("cpu"))
     names = ("charts/test_return", "charts/test_length", "charts/test_level_complete")
     assert [float(row[name]) for name in names] == [pytest.approx(x.mean()) for x in tested]
+
+
+def test_the_curves_are_means_over_the_last_100_episodes(tmp_path, monkeypatch):
+    seen, enter = [], ppo_procgen.Run.__enter__
+    monkeypatch.setattr(ppo_procgen.Run, "__enter__", lambda run: seen.append(run.state) or enter(run))
+    monkeypatch.setattr(ppo_procgen, "stop_if_asked", lambda: (_ for _ in ()).throw(ppo_procgen.Stopped("a test")))
+    assert runs.train(tmp_path).returncode == 75
+    envs, carry = seen[0]["envs"], seen[0]["carry"]
+    assert [x.maxlen for x in (envs.return_queue, envs.length_queue, carry.level_complete)] == [100] * 3
 
 
 def test_the_seed_decides_the_weights(uninterrupted, tmp_path):

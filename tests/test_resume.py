@@ -2,7 +2,9 @@
 
 import errno
 import math
+import operator
 import os
+import random
 import re
 import shutil
 import signal
@@ -116,6 +118,18 @@ def test_a_random_generator_of_a_wrapper_is_saved_and_restored(tmp_path):
     assert np.array_equal(other.rng.random(4), wrapper.rng.random(4)) and other.steps == 3
 
 
+def test_the_global_random_generators_go_on_where_they_were(tmp_path):
+    def draw():
+        return random.random(), np.random.random(), torch.rand(1).item()
+
+    generators = ppo_procgen.RandomGenerators(torch.device("cpu"))
+    torch.save(ppo_procgen.freeze(generators), tmp_path / "state.pt")
+    drawn = draw()
+    assert all(map(operator.ne, draw(), drawn))
+    ppo_procgen.thaw(torch.load(tmp_path / "state.pt", weights_only=True), generators)
+    assert draw() == drawn
+
+
 def test_what_lies_in_lists_tuples_and_dicts_is_restored_in_its_own_way(tmp_path):
     def carry():
         return SimpleNamespace(
@@ -222,6 +236,16 @@ def test_a_signal_saves_and_exits_75(uninterrupted, tmp_path):
         assert not differences(read_run(folder), read_run(tmp_path / "SIGTERM"))
     assert runs.train(folder, "--resume").returncode == 0
     runs.assert_same_run(folder, uninterrupted)
+
+
+def test_what_a_killed_run_has_logged_beyond_its_last_save_is_dropped(uninterrupted, tmp_path):
+    """Killed in iteration 4, it goes on from iteration 2: the third is in the table and in TensorBoard once."""
+    command = [runs.SCRIPT[1], *runs.SMALL, "--resume"]
+    assert launch(command, tmp_path, "backward", 7, signal.SIGKILL).code == -signal.SIGKILL
+    assert runs.load(runs.run_dir(tmp_path) / "rolling" / "model.pt")["iteration"] == 2
+    assert len(runs.progress(tmp_path)) == 3
+    assert runs.train(tmp_path, "--resume").returncode == 0
+    runs.assert_same_run(tmp_path, uninterrupted)
 
 
 LATE = """
