@@ -310,6 +310,8 @@ def bad_files(starpilot, tmp_path_factory):
 )
 def test_bad_input_is_one_line(arguments, code, message, starpilot, bad_files, monkeypatch):
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    if "--checkpoint" in arguments and "--num-episodes" not in arguments:
+        arguments += " --num-episodes 1"  # so that what is not refused ends soon
     before = sorted(bad_files.rglob("*"))
     process = run_main(collect_procgen, arguments.replace("CHECKPOINT", str(starpilot)).split(), bad_files)
     assert process.returncode == code
