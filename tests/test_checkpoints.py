@@ -55,6 +55,9 @@ def test_ratio_choices(starpilot, tmp_path):
     # ratio 1.0 is the final checkpoint itself, with its own seed
     for path in (tmp_path / "starpilot").glob("*_[0-3]"):
         shutil.rmtree(path)
+    (final,) = (tmp_path / "starpilot" / "seed_12" / "final").iterdir()
+    older = {**torch.load(final, weights_only=True), "iteration": 98, "test_return": 9.0}
+    torch.save(older, final.with_name("model_9.00.pt"))  # as a run that is killed between two files may leave it
     assert run_main(collect_procgen, [*arguments, "--ratio", "1.0"], tmp_path).returncode == 0
     found = json.loads((tmp_path / "starpilot/seed_12/test_dataset/1.0/metadata.json").read_text())
     assert (found["iteration"], found["args"]["seed"]) == (99, 12)

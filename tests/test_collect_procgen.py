@@ -135,6 +135,24 @@ def test_the_same_seed_gives_the_same_bytes(dataset, starpilot, tmp_path):
     assert names[0] == names[1]
 
 
+@pytest.mark.parametrize(
+    "env_id, mode",
+    [("jumper", "memory"), ("jumper", "hard"), ("coinrun", "easy"), ("maze", "easy"), ("leaper", "easy")],
+)
+def test_procgen_ends_an_episode_at_the_time_limit(env_id, mode):
+    """Where it is not dangerous to do nothing."""
+    games = ProcgenGym3Env(2, env_id, distribution_mode=mode, rand_seed=0, num_threads=0)
+    lengths, longest = np.zeros(2, int), 0
+    for _ in range(2100):
+        games.act(np.full(2, 4))
+        lengths += 1
+        ended = games.observe()[2]
+        longest = max(longest, lengths[ended].max(initial=0))
+        lengths[ended] = 0
+    games.close()
+    assert longest == collect_procgen.time_limit(env_id, mode)
+
+
 def test_a_time_limit_is_a_truncation(trained, tmp_path):
     assert collect(tmp_path / "d", trained("maze"), "--num-episodes", "2", num_envs=2).returncode == 0
     cut = 0

@@ -31,10 +31,12 @@ def test_a_collection_that_was_killed_again_and_again_ends_like_one_that_was_not
     for name, call in (("act", 1), ("replace", 1), ("act", 60), ("replace", 9), ("act", 150)):
         if die_within(monkeypatch, name, call, collect, tmp_path / "killed", *options) is None:
             assert metadata_or_nothing(tmp_path / "killed").get("complete") is not True
+        for path in (tmp_path / "killed").glob("*/*.npz"):  # as if it had been killed a while ago
+            path.rename(path.with_name("20200101T000000" + path.name[15:]))
     assert collect(tmp_path / "killed", *options).returncode == 0
     assert metadata(tmp_path / "killed")["episodes_sha256"] == metadata(tmp_path / "whole")["episodes_sha256"]
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
-    assert verify(tmp_path / "killed").returncode == 0
+    assert verify(tmp_path / "killed").returncode == 0  # which notices two files of one episode
     assert not list((tmp_path / "killed").glob(".*.tmp")) and not (tmp_path / "killed" / "state.pt").exists()
 
 
@@ -98,6 +100,17 @@ def test_a_dataset_of_a_gpu_stays_one_when_a_cpu_extends_it(dataset, starpilot, 
     (tmp_path / "d" / "metadata.json").write_text(json.dumps({**metadata(dataset), "device": "cuda"}))
     assert collect(tmp_path / "d", starpilot, "--num-episodes", "13").returncode == 0
     assert metadata(tmp_path / "d")["device"] == "cuda" and metadata(dataset)["device"] == "cpu"
+
+
+def test_games_and_actions_of_an_extension_have_fresh_seeds(starpilot, tmp_path, monkeypatch):
+    seeds, seed = [], torch.manual_seed
+    monkeypatch.setattr(torch, "manual_seed", lambda number: seeds.append(number) or seed(number))
+    for number, *more in (("2",), ("4",), ("6", "--seed", "5")):
+        options = ["--num-episodes", number, "--no-frames", *more]
+        assert collect(tmp_path / "r", starpilot, *options, num_envs=2).returncode == 0
+    streams = [stream for segment in metadata(tmp_path / "r")["segments"] for stream in segment["streams"]]
+    assert len(seeds) == 3 and len(streams) == 6
+    assert len({*seeds, *(stream["seed"] for stream in streams)}) == 9
 
 
 @pytest.mark.parametrize("change", ["--num-levels=100", "--start-level=5", "--distribution-mode=hard", "checkpoint"])
