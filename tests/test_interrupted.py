@@ -26,10 +26,13 @@ from collect_procgen import Agent
 def test_a_collection_that_was_killed_again_and_again_ends_like_one_that_was_not(
     env_id, frames, trained, tmp_path, monkeypatch
 ):
-    options = [trained(env_id), "--num-episodes", "4", "--save-interval", "0.05", frames]
+    options = [trained(env_id), "--num-episodes", "4", frames]
     assert collect(tmp_path / "whole", *options).returncode == 0
-    for name, call in (("act", 1), ("replace", 1), ("act", 60), ("replace", 9), ("act", 150)):
-        if die_within(monkeypatch, name, call, collect, tmp_path / "killed", *options) is None:
+    moments = (("act", 1, "60"), ("replace", 1, "60"), ("act", 150, "60"))  # nothing is saved but the start,
+    moments += (("act", 60, "0.05"), ("replace", 9, "0.05"), ("act", 150, "0.05"))  # and something at every moment
+    for name, call, interval in moments:
+        command = [tmp_path / "killed", *options, "--save-interval", interval]
+        if die_within(monkeypatch, name, call, collect, *command) is None:
             assert metadata_or_nothing(tmp_path / "killed").get("complete") is not True
         for path in (tmp_path / "killed").glob("*/*.npz"):  # as if it had been killed a while ago
             path.rename(path.with_name("20200101T000000" + path.name[15:]))
