@@ -17,9 +17,9 @@ ORDER = "slurm resume ppo_procgen replay interrupted checkpoints collect_procgen
 
 
 def pytest_xdist_auto_num_workers(config):
-    """A process for each core, and one for Slurm's tests, which mostly wait. Each loads PyTorch and trains anew."""
+    """A process for each core, 4 at most, as each loads and trains anew; one for Slurm's tests, which often wait."""
     with_slurm = shutil.which("slurmctld") and "test_slurm" not in str(config.getoption("ignore"))
-    return len(os.sched_getaffinity(0)) + bool(with_slurm)
+    return min(4, len(os.sched_getaffinity(0))) + bool(with_slurm)
 
 
 def pytest_collection_modifyitems(items):
