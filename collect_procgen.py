@@ -23,12 +23,12 @@ if __name__ == "__main__":  # a signal while PyTorch is still loading: there is 
 # OpenMP threads spin while they wait, GNU's so long by default that processes on the same cores stall each other.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
+import ast
 import bisect
 import contextlib
 import hashlib
 import importlib.metadata
 import importlib.util
-import inspect
 import io
 import json
 import math
@@ -116,15 +116,27 @@ IDLE = 255  # in place of an action: the game goes on with action 0, but no epis
 
 def layer_init(layer, std):
     nn.init.orthogonal_(layer.weight, std)
-    nn.init.constant_(layer.bias, 0.0)
+    nn.init.zeros_(layer.bias)
     return layer
+
+
+def conv3x3(in_channels, out_channels):
+    """A 3x3 convolution with Glorot-uniform weights and zero biases, as in train-procgen and gen_dgrl.
+
+    PyTorch's own initial weights have a third of that variance in the 32-channel layers: the features of any two frames
+    are then nearly the same at first.
+    """
+    conv = nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1)
+    nn.init.xavier_uniform_(conv.weight)
+    nn.init.zeros_(conv.bias)
+    return conv
 
 
 class ResidualBlock(nn.Module):
     def __init__(self, channels):
         super().__init__()
-        self.conv0 = nn.Conv2d(channels, channels, kernel_size=3, padding=1)
-        self.conv1 = nn.Conv2d(channels, channels, kernel_size=3, padding=1)
+        self.conv0 = conv3x3(channels, channels)
+        self.conv1 = conv3x3(channels, channels)
 
     def forward(self, x):
         return x + self.conv1(F.relu_(self.conv0(F.relu(x))))
@@ -133,7 +145,7 @@ class ResidualBlock(nn.Module):
 class ConvSequence(nn.Module):
     def __init__(self, in_channels, out_channels):
         super().__init__()
-        self.conv = nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1)
+        self.conv = conv3x3(in_channels, out_channels)
         self.res_block0 = ResidualBlock(out_channels)
         self.res_block1 = ResidualBlock(out_channels)
 
@@ -145,26 +157,31 @@ class ConvSequence(nn.Module):
 class Agent(nn.Module):
     """Actor-critic on the IMPALA CNN (Espeholt et al. 2018, figure 3): 64x64 RGB frames to 15 logits and a value.
 
-    Made from the script's arguments, of which it reads hidden_size.
+    It reads args.hidden_size and args.bfloat16. With bfloat16, all layers but the heads compute in it; weights,
+    gradients and outputs stay float32.
     """
 
     def __init__(self, args):
         super().__init__()
+        self.bfloat16 = args.bfloat16
         self.network = nn.Sequential(
             ConvSequence(3, 16),
             ConvSequence(16, 32),
             ConvSequence(32, 32),
             nn.ReLU(inplace=True),
             nn.Flatten(),
-            nn.Linear(32 * 8 * 8, args.hidden_size),
+            layer_init(nn.Linear(32 * 8 * 8, args.hidden_size), std=2**0.5),
             nn.ReLU(inplace=True),
         ).to(memory_format=torch.channels_last)
         self.actor = layer_init(nn.Linear(args.hidden_size, 15), std=0.01)
         self.critic = layer_init(nn.Linear(args.hidden_size, 1), std=1.0)
 
     def forward(self, x):
-        """(N, 64, 64, 3) uint8 frames to (N, 15) logits and (N,) values. Permuted frames already are channels_last."""
-        hidden = self.network(x.permute(0, 3, 1, 2) / 255.0)
+        """(N, 64, 64, 3) uint8 frames to (N, 15) logits and (N,) values."""
+        x = x.permute(0, 3, 1, 2) / 255.0  # already channels_last in memory
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bfloat16):
+            hidden = self.network(x)
+        hidden = hidden.float()
         return self.actor(hidden), self.critic(hidden).squeeze(-1)
 
     def get_value(self, x):
@@ -792,18 +809,31 @@ def describe_agent_from(args: Args) -> dict | None:
     return {"name": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
 
 
-def agent_sha256(agent: type) -> str:
-    """Hash of the source of all networks in the module of the class agent, as the training script takes it."""
-    module = sys.modules[agent.__module__]
-    networks = [x for x in vars(module).values() if inspect.isclass(x) and issubclass(x, nn.Module)]
-    source = "".join(inspect.getsource(x) for x in networks if x.__module__ == agent.__module__)
-    return hashlib.sha256(source.encode()).hexdigest()
+def agent_sha256(source: bytes) -> str:
+    """Hash of the text of class Agent in a script and of everything the script defines that Agent refers to.
+
+    Args is left out, so that its defaults may change.
+    """
+    text, definitions = source.decode(), {}
+    for statement in ast.parse(text).body:
+        if isinstance(statement, (ast.ClassDef, ast.FunctionDef)):
+            definitions[statement.name] = statement
+        elif isinstance(statement, ast.Assign):
+            definitions.update({name.id: statement for name in statement.targets if isinstance(name, ast.Name)})
+    definitions.pop("Args", None)
+    needed = ["Agent"]
+    for name in needed:  # grows on the way
+        for node in ast.walk(definitions[name]):
+            if isinstance(node, ast.Name) and node.id in definitions and node.id not in needed:
+                needed.append(node.id)
+    segments = [ast.get_source_segment(text, definitions[name]) for name in needed]
+    return hashlib.sha256("\n".join(segments).encode()).hexdigest()
 
 
 def load_agent(args: Args, state: dict, path: Path) -> nn.Module:
     """The checkpoint's network. Raises Unfit unless it is known to be the one that Agent defines."""
     agent_class, source = find_agent(args), args.agent_from or AGENT_OF
-    same_network = agent_sha256(agent_class) == state.get("agent_sha256")
+    same_network = agent_sha256(Path(args.agent_from or __file__).read_bytes()) == state.get("agent_sha256")
     if not same_network or (args.agent_from is None and state["script"] != AGENT_OF):
         other_script = state["script"] != Path(source).name
         whose = f"by {state['script']}" if other_script else f"by a {source} with another network"
@@ -812,7 +842,7 @@ def load_agent(args: Args, state: dict, path: Path) -> nn.Module:
     if args.agent_from is not None and describe_agent_from(args)["sha256"] != state["script_sha256"]:
         print(f"note: {source} has changed since it wrote {path}, outside the text of its networks")
     try:
-        agent = agent_class(SimpleNamespace(**state["args"]))
+        agent = agent_class(SimpleNamespace(**{**state["args"], "bfloat16": False}))  # acting in float32
         agent.load_state_dict(state["model_state_dict"])
         agent.eval()  # this network has no layers to which it matters, but yours may
     except Exception as error:  # depends on what is in the file

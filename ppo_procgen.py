@@ -20,6 +20,7 @@ if __name__ == "__main__":  # until training begins there is nothing to save, an
 # With this they do 105, and one run alone is as fast as before. It is read when PyTorch is loaded.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
+import ast
 import contextlib
 import csv
 import ctypes
@@ -74,7 +75,8 @@ class Args:
     num_steps: int = 256  # steps of every game in one rollout
     learning_rate: float = 5e-4  # learning rate of Adam
     anneal_lr: bool = False  # lower the learning rate linearly to zero over the run
-    gamma: float = 0.999  # discount factor, of the returns and of the reward normaliser
+    gamma: float = 0.999  # discount factor of the returns
+    norm_reward_gamma: float = 0.99  # discount factor of the reward normaliser's returns
     gae_lambda: float = 0.95  # lambda of generalised advantage estimation
     num_minibatches: int = 8  # minibatches per epoch
     update_epochs: int = 3  # epochs over every rollout
@@ -172,7 +174,9 @@ def make_envs(args: Args) -> gym.Env:
     if args.save_dataset:
         envs = RecordGames(envs)
     envs = gym.wrappers.RecordEpisodeStatistics(envs)  # of the raw rewards
-    envs = gym.wrappers.NormalizeReward(envs, gamma=args.gamma)  # with PPO's gamma: these are the returns it learns
+    # Divide rewards by the standard deviation of returns. baselines, train-procgen and gen_dgrl discount these by 0.99,
+    # whatever PPO's gamma is; with 0.999 (as in CleanRL) frequent rewards become several times as small.
+    envs = gym.wrappers.NormalizeReward(envs, gamma=args.norm_reward_gamma)
     return gym.wrappers.TransformReward(envs, lambda reward: np.clip(reward, -10, 10))
 
 
@@ -184,15 +188,27 @@ def make_test_envs(args: Args) -> ProcgenVectorEnv:
 
 def layer_init(layer, std):
     nn.init.orthogonal_(layer.weight, std)
-    nn.init.constant_(layer.bias, 0.0)
+    nn.init.zeros_(layer.bias)
     return layer
+
+
+def conv3x3(in_channels, out_channels):
+    """A 3x3 convolution with Glorot-uniform weights and zero biases, as in train-procgen and gen_dgrl.
+
+    PyTorch's own initial weights have a third of that variance in the 32-channel layers: the features of any two frames
+    are then nearly the same at first.
+    """
+    conv = nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1)
+    nn.init.xavier_uniform_(conv.weight)
+    nn.init.zeros_(conv.bias)
+    return conv
 
 
 class ResidualBlock(nn.Module):
     def __init__(self, channels):
         super().__init__()
-        self.conv0 = nn.Conv2d(channels, channels, kernel_size=3, padding=1)
-        self.conv1 = nn.Conv2d(channels, channels, kernel_size=3, padding=1)
+        self.conv0 = conv3x3(channels, channels)
+        self.conv1 = conv3x3(channels, channels)
 
     def forward(self, x):
         return x + self.conv1(F.relu_(self.conv0(F.relu(x))))
@@ -201,7 +217,7 @@ class ResidualBlock(nn.Module):
 class ConvSequence(nn.Module):
     def __init__(self, in_channels, out_channels):
         super().__init__()
-        self.conv = nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1)
+        self.conv = conv3x3(in_channels, out_channels)
         self.res_block0 = ResidualBlock(out_channels)
         self.res_block1 = ResidualBlock(out_channels)
 
@@ -213,26 +229,31 @@ class ConvSequence(nn.Module):
 class Agent(nn.Module):
     """Actor-critic on the IMPALA CNN (Espeholt et al. 2018, figure 3): 64x64 RGB frames to 15 logits and a value.
 
-    Made from the script's arguments, of which it reads hidden_size.
+    It reads args.hidden_size and args.bfloat16. With bfloat16, all layers but the heads compute in it; weights,
+    gradients and outputs stay float32.
     """
 
     def __init__(self, args):
         super().__init__()
+        self.bfloat16 = args.bfloat16
         self.network = nn.Sequential(
             ConvSequence(3, 16),
             ConvSequence(16, 32),
             ConvSequence(32, 32),
             nn.ReLU(inplace=True),
             nn.Flatten(),
-            nn.Linear(32 * 8 * 8, args.hidden_size),
+            layer_init(nn.Linear(32 * 8 * 8, args.hidden_size), std=2**0.5),
             nn.ReLU(inplace=True),
         ).to(memory_format=torch.channels_last)
         self.actor = layer_init(nn.Linear(args.hidden_size, 15), std=0.01)
         self.critic = layer_init(nn.Linear(args.hidden_size, 1), std=1.0)
 
     def forward(self, x):
-        """(N, 64, 64, 3) uint8 frames to (N, 15) logits and (N,) values. Permuted frames already are channels_last."""
-        hidden = self.network(x.permute(0, 3, 1, 2) / 255.0)
+        """(N, 64, 64, 3) uint8 frames to (N, 15) logits and (N,) values."""
+        x = x.permute(0, 3, 1, 2) / 255.0  # already channels_last in memory
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bfloat16):
+            hidden = self.network(x)
+        hidden = hidden.float()
         return self.actor(hidden), self.critic(hidden).squeeze(-1)
 
     def get_value(self, x):
@@ -336,8 +357,6 @@ def train(args: Args) -> None:
     rewards, dones = np.zeros(shape, np.float32), np.zeros(shape, bool)
 
     agent = Agent(args).to(device)
-    if args.bfloat16:
-        compute_in_bfloat16(agent.network, device)
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=args.adam_eps)
     envs, test_envs = make_envs(args), make_test_envs(args)
     test_start = test_envs.get_state()
@@ -508,7 +527,7 @@ def check_args(args: Args) -> None:
         ("num_minibatches update_epochs total_timesteps log_interval archive_interval", lambda x: x >= 1, "at least 1"),
         ("learning_rate adam_eps clip_coef max_grad_norm", lambda x: 0 < x < math.inf, "a number above 0"),
         ("ent_coef vf_coef", lambda x: 0 <= x < math.inf, "a number of 0 or more"),
-        ("gamma gae_lambda", lambda x: 0 <= x <= 1, "between 0 and 1"),
+        ("gamma gae_lambda norm_reward_gamma", lambda x: 0 <= x <= 1, "between 0 and 1"),
         ("target_kl", lambda x: x is None or 0 < x < math.inf, "a number above 0, or left out"),
         ("seed start_level num_levels", lambda x: 0 <= x < MAX_LEVEL, f"between 0 and {MAX_LEVEL - 1}"),
         ("checkpoint", lambda x: x != "", "a file, or left out"),
@@ -562,12 +581,6 @@ def has_bfloat16(args: Args) -> bool:
     """Whether the run's device computes in bfloat16 by itself. Taken for granted of a GPU."""
     cpu = torch.cpu.get_capabilities()
     return args.cuda and torch.cuda.is_available() or cpu.get("avx512_bf16", False) or cpu.get("amx_bf16", False)
-
-
-def compute_in_bfloat16(network: nn.Module, device: torch.device) -> None:
-    """Let a part of an agent compute in bfloat16. Its weights, their gradients and its output stay float32."""
-    forward = torch.autocast(device.type, torch.bfloat16)(network.forward)
-    network.forward = lambda x: forward(x).float()
 
 
 class Stopped(Exception):
@@ -727,16 +740,34 @@ def describe_machine(device: torch.device) -> dict:
     return {"device": "cpu", "model": model, "threads": torch.get_num_threads()}
 
 
+def agent_sha256(source: bytes) -> str:
+    """Hash of the text of class Agent in a script and of everything the script defines that Agent refers to.
+
+    Args is left out, so that its defaults may change.
+    """
+    text, definitions = source.decode(), {}
+    for statement in ast.parse(text).body:
+        if isinstance(statement, (ast.ClassDef, ast.FunctionDef)):
+            definitions[statement.name] = statement
+        elif isinstance(statement, ast.Assign):
+            definitions.update({name.id: statement for name in statement.targets if isinstance(name, ast.Name)})
+    definitions.pop("Args", None)
+    needed = ["Agent"]
+    for name in needed:  # grows on the way
+        for node in ast.walk(definitions[name]):
+            if isinstance(node, ast.Name) and node.id in definitions and node.id not in needed:
+                needed.append(node.id)
+    segments = [ast.get_source_segment(text, definitions[name]) for name in needed]
+    return hashlib.sha256("\n".join(segments).encode()).hexdigest()
+
+
 def describe_script() -> dict:
     """Identity of this source, of its networks, and of the packages under it."""
-    networks = [x for x in globals().values() if inspect.isclass(x) and issubclass(x, nn.Module)]
-    network = "".join(inspect.getsource(x) for x in networks if x.__module__ == __name__)
     procgen = importlib.metadata.packages_distributions()["procgen"][0]  # procgen or procgen-mirror
     versions = {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__}
     versions["procgen"] = f"{procgen} {importlib.metadata.version(procgen)}"
-    sha256 = {"script_sha256": SOURCE, "agent_sha256": network.encode()}
-    sha256 = {name: hashlib.sha256(content).hexdigest() for name, content in sha256.items()}
-    return {"script": SCRIPT, **sha256, "versions": versions}
+    hashes = {"script_sha256": hashlib.sha256(SOURCE).hexdigest(), "agent_sha256": agent_sha256(SOURCE)}
+    return {"script": SCRIPT, **hashes, "versions": versions}
 
 
 def differences(then: dict, now: dict) -> str:
