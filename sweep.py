@@ -52,6 +52,7 @@ class Args:
     only_missing: bool = False  # leave out what is finished or running
     python: str = "python"  # interpreter in the commands; several words if need be, such as "nice -n 19 python"
     output: str | None = None  # save, plot: the file to write; by default {name of the grid}.txt or .png
+    reference: str | None = None  # plot: a CSV of published runs to draw as a grey band; see README.md
 
     verbose: bool = False  # status: show the newest log of each unfinished run, and its last line
     csv: str | None = None  # status: write the table to this file as well
@@ -82,7 +83,7 @@ class Args:
 ACTIONS = ("print", "save", "local", "slurm", "status", "plot")
 # The actions that a flag is for. Those from submit on are for slurm; those that are not here fit all.
 FLAGS = {"only_missing": "print save local slurm", "output": "save plot", "verbose": "status", "csv": "status"}
-FLAGS |= {"workers": "local", "gpus": "local", "job_name": "local slurm"}
+FLAGS |= {"reference": "plot", "workers": "local", "gpus": "local", "job_name": "local slurm"}
 NAMES = [field.name for field in fields(Args)]
 FLAGS |= dict.fromkeys(NAMES[NAMES.index("submit") :], "slurm")
 SBATCH_OPTIONS = NAMES[NAMES.index("partition") : NAMES.index("sbatch_arg")]
@@ -585,6 +586,8 @@ def print_status(args: Args, runs: list) -> int:
 
 # CURVES
 
+LINE_STYLES = {"train": "-", "test": "--"}
+
 
 def draw(axes, seeds: list, column: int, **line) -> None:
     """Mean and deviation of a column as far as all seeds have come; beyond that each seed by itself, thin."""
@@ -607,11 +610,43 @@ def draw(axes, seeds: list, column: int, **line) -> None:
         axes.fill_between(list(points), mean - deviation, mean + deviation, **band)
 
 
-def plot(runs: list, output: Path) -> None:
-    """Draw a panel per game and a line per method, and write status's table beside it."""
+def read_reference(path: Path) -> dict:
+    """The runs of a CSV file with the columns game, levels (train or test), steps and a return each in run0, run1, ...
+
+    Returns {(game, levels): [(steps, lowest return, highest return), ...]}.
+    """
+    bands = {}
+    try:
+        with open(path, newline="") as file:
+            for row in csv.DictReader(file):
+                returns = [float(value) for name, value in row.items() if name.startswith("run")]
+                if row["levels"] not in LINE_STYLES:
+                    raise ValueError(f"levels is {row['levels']!r}, not train or test")
+                band = bands.setdefault((row["game"], row["levels"]), [])
+                band.append((float(row["steps"]), min(returns), max(returns)))
+    except (OSError, KeyError, TypeError, AttributeError, ValueError, csv.Error) as error:
+        wanted = "a CSV file with the columns game, levels (train or test), steps, run0, run1 and so on"
+        fail(f"--reference {path} must be {wanted} ({type(error).__name__}: {error})", 2)
+    return bands
+
+
+def draw_reference(axes, bands: dict, env_id: str, total: int) -> None:
+    """Fill the area between the lowest and the highest run of a game, as far as the panel reaches."""
+    for levels, opacity in (("train", 0.4), ("test", 0.2)):
+        band = np.array([row for row in bands.get((env_id, levels), []) if row[0] <= total])
+        if len(band):
+            axes.fill_between(band[:, 0] / 1e6, band[:, 1], band[:, 2], color="gray", alpha=opacity, linewidth=0)
+
+
+def plot(runs: list, output: Path, reference: dict) -> None:
+    """Draw a panel per game and a line per method, and write status's table beside it.
+
+    reference is read_reference()'s; it may be empty.
+    """
     import matplotlib  # here, as it is slow and only this needs it
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
 
     if "xpid" not in runs[0].settings:
         fail("--action plot draws the curves of trainings, and the grid's script has no argument xpid", 2)
@@ -631,9 +666,12 @@ def plot(runs: list, output: Path) -> None:
     methods = list(dict.fromkeys(run.method for run in runs))
     palette = matplotlib.colormaps["tab10" if len(methods) <= 10 else "turbo"].resampled(max(10, len(methods)))
     colours = {method: palette(i) for i, method in enumerate(methods)}
-    lines = [Line2D([], [], color="gray", linestyle=style) for style in ("-", "--")]
+    lines = [Line2D([], [], color="gray", linestyle=style) for style in LINE_STYLES.values()]
     lines += [Line2D([], [], color=colours[method], linewidth=3) for method in methods if method]
     labels = ["training levels", "test levels"]
+    if reference:
+        lines.insert(2, Patch(color="gray", alpha=0.4, linewidth=0))
+        labels.append("reference, lowest to highest run")
     labels += [textwrap.fill(method, 100).replace("$", r"\$") for method in methods if method]
     columns = len(panels) if len(panels) <= 3 else math.ceil(math.sqrt(len(panels)))
     rows = math.ceil(len(panels) / columns)
@@ -645,9 +683,10 @@ def plot(runs: list, output: Path) -> None:
             axes.set_visible(False)
         for i, (axes, (env_id, seeds_of)) in enumerate(zip(grid.flat, panels.items())):
             for method, seeds in seeds_of.items():
-                draw(axes, seeds, 1, color=colours[method], linestyle="-")
-                draw(axes, seeds, 2, color=colours[method], linestyle="--")
+                draw(axes, seeds, 1, color=colours[method], linestyle=LINE_STYLES["train"])
+                draw(axes, seeds, 2, color=colours[method], linestyle=LINE_STYLES["test"])
             total = max(run.settings["total_timesteps"] for run in runs if run.settings["env_id"] == env_id)
+            draw_reference(axes, reference, env_id, total)
             axes.set(title=env_id, xlim=(0, total / 1e6), ylabel="" if i % columns else "episode return")
             axes.set_xlabel("environment steps (millions)" if i + columns >= len(panels) else "")
             axes.locator_params(axis="x", nbins=4)
@@ -821,7 +860,8 @@ def main() -> int:
     if args.action == "status":
         return print_status(args, runs)
     if args.action == "plot":
-        plot(runs, Path(args.output or f"{path.stem}.png"))
+        reference = read_reference(Path(args.reference)) if args.reference else {}
+        plot(runs, Path(args.output or f"{path.stem}.png"), reference)
         return 0
     if args.only_missing:
         runs = [run for run in runs if progress_of(run).state not in ("done", "running")]

@@ -856,6 +856,41 @@ def test_curves_have_a_panel_for_each_game_and_are_as_long_as_the_runs(tmp_path,
     ]  # fmt: skip
 
 
+def test_reference_runs_are_a_grey_band_behind_the_curves(tmp_path, monkeypatch):
+    fake_run(tmp_path, 0, 4_000_000, 8.0, [5.0, 6.0])
+    grid = write_grid(tmp_path, {"env_id": ["maze"], "total_timesteps": [4_000_000]})
+    rows = ["game,levels,steps,run0,run1,run2", "maze,train,1000000,3,1,2", "maze,train,3000000,4,6,5"]
+    rows += ["maze,train,5000000,90,90,90", "heist,train,1000000,50,60,70", "maze,test,1000000,0,0.5,0.2"]
+    (tmp_path / "other.csv").write_text("\n".join(rows) + "\n")
+    figure, _ = drawn(monkeypatch, tmp_path, grid, "--reference", "other.csv")
+    (axes,) = figure.axes
+    training, test = ({tuple(point) for point in band.get_paths()[0].vertices} for band in axes.collections)
+    assert training == {(1.0, 1.0), (1.0, 3.0), (3.0, 4.0), (3.0, 6.0)}
+    assert test == {(1.0, 0.0), (1.0, 0.5)}
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert labels == ["training levels", "test levels", "reference, lowest to highest run"]
+
+
+UNREADABLE_REFERENCES = (
+    None,
+    "game,steps,run0\nmaze,1,2\n",
+    "game,levels,steps,run0\nmaze,train,1,x\n",
+    "game,levels,steps,run0\nmaze,all,1,2\n",
+    "game,levels,steps\nmaze,train,1\n",
+)
+
+
+@pytest.mark.parametrize("content", UNREADABLE_REFERENCES)
+def test_a_reference_that_cannot_be_read_is_one_line(tmp_path, content):
+    fake_run(tmp_path, 0, 4_000_000, 8.0, [5.0, 6.0])
+    grid = write_grid(tmp_path, {"env_id": ["maze"], "total_timesteps": [4_000_000]})
+    if content is not None:
+        (tmp_path / "other.csv").write_text(content)
+    result = run_sweep(tmp_path, grid, "--action", "plot", "--reference", "other.csv")
+    assert result.returncode == 2 and not list(tmp_path.glob("*.png"))
+    assert_one_line(result.stderr, "--reference other.csv", "game, levels (train or test), steps, run0")
+
+
 def test_curves_of_configurations_share_a_panel_and_long_names_are_wrapped(tmp_path, monkeypatch):
     grid = {"xpid": ["a", "b" * 180], "total_timesteps": [4_000_000], "env_id": ["maze"]}
     grid = write_grid(tmp_path, grid)
