@@ -94,7 +94,7 @@ class Args:
     xpid: str | None = None  # name of the run; by default made of the hyperparameters and the seed
     model_saving_dir: str = "models"  # checkpoints go to {model_saving_dir}/{env_id}/{xpid}/
     resume: bool = False  # continue the run of this xpid if there is one
-    checkpoint: str | None = None  # start a new run from the weights and Adam's moments of this checkpoint
+    checkpoint: str | None = None  # start a new run from the weights (and Adam's moments) of this checkpoint
     log_interval: int = 10  # iterations between rolling checkpoints, and between lines in a log
     archive_interval: int = 50  # iterations between archived, evaluated checkpoints; 1, 2, 4, 8, 16 and 32 are, too
     save_dataset: bool = False  # keep the whole training as a recording in the run's folder rollouts/
@@ -721,7 +721,7 @@ def write_checkpoint(path: Path, state: dict) -> None:
 def load_checkpoint(path: Path) -> dict:
     """Read a checkpoint without running any code in it. Exits with code 1 if it is missing, damaged or foreign."""
     types = {"args": dict, "versions": dict, "script": str, "script_sha256": str, "iteration": int}
-    types |= {"model_state_dict": dict, "optimizer_state_dict": dict}
+    types |= {"model_state_dict": dict}
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         if state["format"] != 1 or any(not isinstance(state[name], wanted) for name, wanted in types.items()):
@@ -840,12 +840,20 @@ class Run:
         return self
 
     def take_weights(self) -> None:
-        """Begin with another run's weights and Adam's moments; learning rate and epsilon are those of the arguments."""
-        start, settings = load_checkpoint(Path(self.args.checkpoint)), self.state["optimizer_state_dict"].state_dict()
-        start["optimizer_state_dict"]["param_groups"] = settings["param_groups"]
-        self.restore(start, ("model_state_dict", "optimizer_state_dict"), self.args.checkpoint)
+        """Begin with another run's weights and, if they are in the file, Adam's moments.
 
-    def restore(self, saved: dict, names: tuple, path: str | Path) -> None:
+        The learning rate and Adam's epsilon are those of the arguments.
+        """
+        start, names = load_checkpoint(Path(self.args.checkpoint)), ["model_state_dict"]
+        settings = self.state["optimizer_state_dict"].state_dict()
+        if "optimizer_state_dict" in start:
+            start["optimizer_state_dict"]["param_groups"] = settings["param_groups"]
+            names.append("optimizer_state_dict")
+        else:
+            print(f"note: {self.args.checkpoint} holds weights only, so Adam begins afresh")
+        self.restore(start, names, self.args.checkpoint)
+
+    def restore(self, saved: dict, names: list, path: str | Path) -> None:
         try:
             for name in names:
                 thaw(saved[name], self.state[name], name)
@@ -895,7 +903,7 @@ class Run:
         if self.iteration >= self.num_iterations and finals:
             print(f"{self.folder} is finished after iteration {self.iteration}; to train on, raise --total-timesteps")
             sys.exit(0)
-        self.restore(saved, tuple(self.state), self.rolling)
+        self.restore(saved, list(self.state), self.rolling)
         for path in finals:  # a longer run has another end
             path.replace(self.folder / "checkpoint" / path.name.replace("_", f"_{self.iteration}_"))
         if self.table.exists():

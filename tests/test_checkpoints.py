@@ -1,7 +1,6 @@
 """Which checkpoints collect_procgen.py takes, alone, by ratio and of forks, and what it says of other input."""
 
 import hashlib
-import importlib.util
 import json
 import os
 import shutil
@@ -16,7 +15,6 @@ from datasets import episodes, metadata, rewrite, verify
 from runs import ROOT, run_main
 
 import collect_procgen
-from collect_procgen import Agent
 
 # RATIOS
 
@@ -118,6 +116,9 @@ def test_a_folder_that_one_run_cannot_use_does_not_stop_the_others(starpilot, da
 # NETWORKS OF OTHER SCRIPTS
 
 
+OWN = (ROOT / "collect_procgen.py").read_bytes()
+
+
 @pytest.fixture(scope="module")
 def elu(tmp_path_factory):
     """A fork with ELU for ReLU, whose weights have the same names and shapes, and a checkpoint of it."""
@@ -165,7 +166,7 @@ def test_a_fork_is_collected_and_verified_with_its_own_network(elu, tmp_path):
 def test_a_dataset_that_another_network_played_is_noticed(elu, tmp_path, monkeypatch):
     """The collector plays with ReLU what was trained with ELU, as it would if it did not look at the network's text."""
     forged = {**torch.load(elu[1], weights_only=True), "script": "ppo_procgen.py"}
-    torch.save({**forged, "agent_sha256": collect_procgen.agent_sha256(Agent)}, tmp_path / "forged.pt")
+    torch.save({**forged, "agent_sha256": collect_procgen.agent_sha256(OWN)}, tmp_path / "forged.pt")
     assert collect(tmp_path / "d", tmp_path / "forged.pt", "--num-episodes", "4").returncode == 0
     found = metadata(tmp_path / "d")
     sha256 = hashlib.sha256(elu[1].read_bytes()).hexdigest()
@@ -185,10 +186,7 @@ def test_a_network_that_needs_more_than_a_frame_is_one_line_before_anything_is_w
     source = elu[0].read_text().replace("(self, x, action=None):", "(self, x, memory, action=None):")
     path = tmp_path / "ppo_lstm_procgen.py"
     path.write_text(source)
-    module = importlib.util.module_from_spec(spec := importlib.util.spec_from_file_location("lstm", path))
-    sys.modules["lstm"] = module
-    spec.loader.exec_module(module)
-    state = torch.load(elu[1], weights_only=True) | {"agent_sha256": collect_procgen.agent_sha256(module.Agent)}
+    state = torch.load(elu[1], weights_only=True) | {"agent_sha256": collect_procgen.agent_sha256(source.encode())}
     torch.save(state, tmp_path / "lstm.pt")
     process = collect(tmp_path / "d", tmp_path / "lstm.pt", "--num-episodes", "1", "--agent-from", str(path))
     assert process.returncode == 1 and not (tmp_path / "d").exists()

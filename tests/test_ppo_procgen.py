@@ -1,11 +1,11 @@
 """What ppo_procgen.py promises, on the real Procgen. Runs are real processes, compared bit for bit."""
 
+import copy
 import csv
 import errno
 import fcntl
 import hashlib
 import importlib.util
-import inspect
 import json
 import os
 import pty
@@ -108,7 +108,9 @@ def test_ppo_loss_and_its_gradient_equal_a_naive_version(clip_vloss):
 
 
 def test_rewards_are_divided_by_the_standard_deviation_of_the_discounted_return():
-    args = Args(env_id="bigfish", num_envs=8, gamma=0.9)
+    """Which has a discount of its own, that of the published runs by default, whatever PPO's gamma is."""
+    assert Args().norm_reward_gamma == 0.99
+    args = Args(env_id="bigfish", num_envs=8, gamma=0.5, norm_reward_gamma=0.9)
     envs, raw = ppo_procgen.make_envs(args), ProcgenVectorEnv(8, "bigfish", "easy", 0, 200, seed=0)
     envs.reset(), raw.reset()
     generator, discounted, seen = np.random.default_rng(0), np.zeros(8), []
@@ -127,6 +129,30 @@ def test_rewards_are_divided_by_the_standard_deviation_of_the_discounted_return(
         np.testing.assert_allclose(normalised, expected, rtol=1e-4)
         largest = max(largest, normalised.max())
     assert largest == 10  # the clipping took part
+
+
+def test_convolutions_start_glorot_uniform_and_the_hidden_layer_orthogonal_all_without_biases():
+    torch.manual_seed(0)
+    agent = Agent(Args())
+    convolutions = [layer for layer in agent.modules() if isinstance(layer, torch.nn.Conv2d)]
+    assert len(convolutions) == 15
+    for layer in convolutions:
+        bound = (6 / (9 * (layer.in_channels + layer.out_channels))) ** 0.5
+        assert 0.98 * bound < layer.weight.abs().max() <= bound
+        deviation = bound / 3**0.5  # of a uniform distribution
+        assert layer.weight.std().item() == pytest.approx(deviation, rel=0.1)
+    hidden = agent.network[5].weight / 2**0.5
+    torch.testing.assert_close(hidden @ hidden.T, torch.eye(256), rtol=0, atol=1e-5)
+    layers = [*convolutions, agent.network[5], agent.actor, agent.critic]
+    assert not any(layer.bias.any() for layer in layers)
+
+
+def test_a_copy_of_an_agent_in_bfloat16_computes_with_its_own_weights():
+    agent, frames = Agent(Args(bfloat16=True)), torch.randint(0, 256, (8, 64, 64, 3), dtype=torch.uint8)
+    clone = copy.deepcopy(agent)
+    before = clone.get_value(frames)
+    torch.nn.init.zeros_(agent.network[5].weight)
+    assert torch.equal(clone.get_value(frames), before) and not torch.equal(agent.get_value(frames), before)
 
 
 def test_heads_start_with_a_near_uniform_policy_and_uint8_frames_are_scaled_to_one():
@@ -149,7 +175,7 @@ def test_bfloat16_computes_all_layers_but_the_heads_in_it_and_keeps_the_weights_
     for name, layer in agent.named_modules():
         if isinstance(layer, (torch.nn.Conv2d, torch.nn.Linear)):
             layer.register_forward_hook(lambda _, __, out, name=name: dtypes.update({name: out.dtype}))
-    ppo_procgen.compute_in_bfloat16(agent.network, torch.device("cpu"))
+    agent.bfloat16 = True
     rounded, value = agent(frames)
     heads = {name: dtypes.pop(name) for name in ("actor", "critic")}
     assert set(heads.values()) == {torch.float32} and set(dtypes.values()) == {torch.bfloat16} and len(dtypes) == 16
@@ -486,9 +512,26 @@ def test_a_run_keeps_the_source_that_made_it(uninterrupted):
     assert (runs.run_dir(uninterrupted) / "ppo_procgen.py").read_bytes() == source
     state = runs.final(uninterrupted)
     assert (state["script"], state["script_sha256"]) == ("ppo_procgen.py", hashlib.sha256(source).hexdigest())
-    networks = (ppo_procgen.ResidualBlock, ppo_procgen.ConvSequence, Agent)
-    network = "".join(map(inspect.getsource, networks))
-    assert state["agent_sha256"] == hashlib.sha256(network.encode()).hexdigest()
+    assert state["agent_sha256"] == ppo_procgen.agent_sha256(source)
+
+
+def test_the_hash_of_the_network_covers_all_that_agent_refers_to_and_nothing_else():
+    source = (ROOT / "ppo_procgen.py").read_bytes()
+    before = ppo_procgen.agent_sha256(source)
+    assert collect_procgen.agent_sha256((ROOT / "collect_procgen.py").read_bytes()) == before
+    # A method, a class beside Agent, a function that such a class calls, and a constant that a fork names in Agent.
+    fork = source.replace(b"x.permute(0, 3, 1, 2) / 255.0", b"x.permute(0, 3, 1, 2) / SCALE")
+    fork = fork.replace(b"def layer_init", b"SCALE = 255.0\n\n\ndef layer_init")
+    of_fork = ppo_procgen.agent_sha256(fork)
+    for old, new, whole, wanted in (
+        (b"return self(x)[1]", b"return -self(x)[1]", source, before),
+        (b"F.relu(x)", b"F.elu(x)", source, before),
+        (b"xavier_uniform_", b"xavier_normal_", source, before),
+        (b"SCALE = 255.0", b"SCALE = 128.0", fork, of_fork),
+    ):
+        assert old in whole and ppo_procgen.agent_sha256(whole.replace(old, new)) != wanted, new
+    for old, new in ((b"ent_coef: float = 0.01", b"ent_coef: float = 0.02"), (b"1.0 - next_done", b"2.0 - next_done")):
+        assert old in source and ppo_procgen.agent_sha256(source.replace(old, new)) == before, new
 
 
 def test_progress_and_tensorboard_hold_the_same_numbers(uninterrupted):

@@ -385,6 +385,20 @@ def test_a_new_run_can_start_from_a_checkpoint(uninterrupted, tmp_path):
     assert started["iteration"] == 1
 
 
+def test_a_new_run_can_start_from_weights_alone(uninterrupted, tmp_path):
+    (source,) = runs.run_dir(uninterrupted).glob("final/*.pt")
+    state = runs.load(source)
+    del state["optimizer_state_dict"]
+    torch.save(state, tmp_path / "weights.pt")
+    new = ("--checkpoint", "weights.pt", "--learning-rate", "1e-30", "--xpid", "new", "--total-timesteps", "64")
+    process = runs.train(tmp_path, *new)
+    assert process.returncode == 0, process.stderr
+    assert "weights.pt holds weights only, so Adam begins afresh" in process.stdout
+    started = runs.final(tmp_path, "new")
+    assert runs.same(started["model_state_dict"], state["model_state_dict"])
+    assert {int(moments["step"]) for moments in started["optimizer_state_dict"]["state"].values()} == {2}
+
+
 def test_what_ends_a_run_early_saves_its_last_iteration_first(uninterrupted, tmp_path, monkeypatch):
     """An exception, a diverged update and a full disk, all in iteration 4, with nothing due to be saved."""
     gae, calls = ppo_procgen.compute_gae, []
