@@ -4,17 +4,16 @@ import csv
 import dataclasses
 import re
 import shlex
-from pathlib import Path
 
 import numpy as np
 import pytest
-from runs import run_main
+from runs import ROOT, run_main
 
 import collect_procgen
 import ppo_procgen
 import sweep
 
-README = (Path(__file__).resolve().parent.parent / "README.md").read_text()
+README = (ROOT / "README.md").read_text()
 SCRIPTS = {"ppo_procgen.py": ppo_procgen, "collect_procgen.py": collect_procgen, "sweep.py": sweep}
 FLAGS = {name: {field.name for field in dataclasses.fields(module.Args)} for name, module in SCRIPTS.items()}
 ELSEWHERE = {"--dataset", "--env_name", "--capture-video", "--seed", "--python", "--help", "--device", "--json"}
@@ -87,13 +86,37 @@ def test_a_checkpoint_is_loaded_as_it_says(trained):
     assert names["action"].shape == names["value"].shape == (3,)
 
 
+RUNS = ROOT / "tests" / "reference_runs"
+PLUS_MINUS = r"([\d.]+) \+- ([\d.]+)"
+# Game; training return at 0.5 and 1 million steps, each beside the published ones; means over 1,000 episodes.
+ROW = rf"^\| (\w+) \| ([\d.]+) \| ([\d., ]+) \| ([\d.]+) \| ([\d., ]+) \| {PLUS_MINUS} \| {PLUS_MINUS} \|"
+LEARNED = re.findall(ROW, README, re.MULTILINE)
+
+
 def test_its_learning_table_is_that_of_the_reference_runs():
-    rows = re.findall(r"^\| (\w+)(, `--bfloat16`)? \| ([\d,]+) \| ([\d.]+) \| ([\d.]+) \|", README, re.MULTILINE)
-    runs = Path(__file__).resolve().parent / "reference_runs"
-    assert len(rows) == len(list(runs.glob("*.csv")))
-    for game, flag, *numbers in rows:
-        (path,) = runs.glob(f"{game}-*{'-bfloat16True' if flag else '0.01'}_0.csv")
+    with open(RUNS / "published.csv") as file:
+        published = {(row["game"], int(row["steps"])): row for row in csv.DictReader(file)}
+    assert len(LEARNED) == len(list(RUNS.glob("*_0.csv"))) == len(list(RUNS.glob("*.pt"))) >= 3
+    for game, *numbers in LEARNED:
+        (path,) = RUNS.glob(f"{game}-*_0.csv")
         with open(path) as file:
-            last = list(csv.DictReader(file))[-1]
-        returns = [f"{float(last[name]):.2f}" for name in ("charts/episodic_return", "charts/test_return")]
-        assert numbers == [f"{int(last['global_step']):,}", *returns]
+            curve = [(int(row["global_step"]), float(row["charts/episodic_return"])) for row in csv.DictReader(file)]
+        expected = []
+        for steps in (500_000, 1_000_000):
+            returns = [value for step, value in curve if abs(step - steps) <= 50_000]
+            expected.append(f"{sum(returns) / len(returns):.2f}")
+            expected.append(", ".join(published[game, steps][run] for run in ("run0", "run1", "run2")))
+        assert numbers[:4] == expected
+
+
+@pytest.mark.parametrize("row", LEARNED, ids=lambda row: row[0])
+def test_an_agent_in_the_repository_plays_as_well_as_the_readme_says(row, tmp_path):
+    (path,) = RUNS.glob(f"{row[0]}-*.pt")
+    assert path.stat().st_size < 2_600_000
+    options = ["--checkpoint", str(path), "--num-episodes", "64", "--num-envs", "64", "--no-save-dataset", "--no-cuda"]
+    process = run_main(collect_procgen, options, tmp_path)
+    assert process.returncode == 0, process.stderr
+    found = re.search(rf"^mean return +{PLUS_MINUS}", process.stdout, re.MULTILINE)
+    mean, error = map(float, found.groups())
+    wanted, wanted_error = map(float, row[5:7])
+    assert abs(mean - wanted) < 4 * (error**2 + wanted_error**2) ** 0.5
