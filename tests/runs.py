@@ -58,8 +58,8 @@ XPID = "bossfight-easy-200-ppo-lr0.0005-epoch1-mb2-v0.5-ha0.01-num_envs4-num_ste
 # Six iterations of 64 steps. Saved after 2, 4 and 6; archived after 1, 2, 3, 4 and 6. Episodes of bossfight are short.
 SMALL = "--env-id bossfight --num-envs 4 --num-steps 16 --num-minibatches 2 --update-epochs 1 --no-cuda".split()
 SMALL += "--total-timesteps 384 --log-interval 2 --archive-interval 3 --num-eval-episodes 2".split()
-# Three iterations of 160 steps, with no default that has a part in them. With this seed, episodes end within a rollout
-# and in the last step of the second one.
+# Three iterations of 160 steps, with no default that has a part in them. With this seed, episodes end within the first
+# rollout and in the last step of the second one.
 DODGEBALL = "--env-id dodgeball --distribution-mode hard --seed 8 --start-level 10 --num-levels 40".split()
 DODGEBALL += "--num-envs 8 --num-steps 20 --total-timesteps 320 --num-minibatches 2 --update-epochs 2".split()
 DODGEBALL += "--learning-rate 0.001 --gamma 0.9 --norm-reward-gamma 0.7 --gae-lambda 0.8 --clip-coef 0.002".split()

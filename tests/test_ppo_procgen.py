@@ -320,8 +320,8 @@ def test_iterations_of_main_are_those_of_a_plain_ppo_loop(dodgeball, tmp_path):
     (run,) = (tmp_path / "run").glob("models/dodgeball/*")
     results = list(plain_ppo(3))
     assert_is_plain_ppo(run, results)
-    second, row = results[1][1:]
-    assert second[-1].any() and any(end.any() for end in second[:-1])  # episodes ended on the edge and within
+    first, (second, row) = results[0][1], results[1][1:]
+    assert any(end.any() for end in first[:-1]) and second[-1].any()  # episodes ended within a rollout and on its edge
     assert 0 < row["losses/clipfrac"] < 1
     recorded = [np.load(path)["dones"] for path in sorted(run.glob("rollouts/*.npz"))]
     np.testing.assert_array_equal(np.concatenate(recorded)[20:40], torch.stack(second))
