@@ -175,7 +175,7 @@ def make_envs(args: Args) -> gym.Env:
         envs = RecordGames(envs)
     envs = gym.wrappers.RecordEpisodeStatistics(envs)  # of the raw rewards
     # Divide rewards by the standard deviation of returns. baselines, train-procgen and gen_dgrl discount these by 0.99,
-    # whatever PPO's gamma is; with 0.999 (as in CleanRL) frequent rewards become several times as small.
+    # whatever PPO's gamma is; with 0.999 (as in CleanRL) frequent rewards are scaled down more.
     envs = gym.wrappers.NormalizeReward(envs, gamma=args.norm_reward_gamma)
     return gym.wrappers.TransformReward(envs, lambda reward: np.clip(reward, -10, 10))
 
