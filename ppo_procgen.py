@@ -1,7 +1,7 @@
 """Trains a PPO policy with the IMPALA CNN on one Procgen game; evaluates, checkpoints and resumes exactly.
 
     python ppo_procgen.py --env-id miner                    # train; Ctrl-C saves
-    python ppo_procgen.py --env-id miner --resume           # go on where it stopped, to the same weights bit for bit
+    python ppo_procgen.py --env-id miner --resume           # continue where it stopped, to the same weights bit for bit
     tensorboard --logdir models                             # watch
 
 Everything of a run lies in {model_saving_dir}/{env_id}/{xpid}/; see README.md.
@@ -9,39 +9,33 @@ Exit codes: 0 done, 1 failed, 2 bad arguments, 75 stopped by a signal with every
 """
 
 import os
-import signal
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
-EXIT_STOPPED = 75  # EX_TEMPFAIL: run the same command again to continue
-if __name__ == "__main__":  # until training begins there is nothing to save, and PyTorch takes seconds to load
-    for stop_signal in STOP_SIGNALS:
-        signal.signal(stop_signal, lambda *_: os._exit(EXIT_STOPPED))
-# OpenMP threads spin while they wait, GNU's so long by default that two runs on the same two cores did 9 steps/s each.
-# With this they do 105, and one run alone is as fast as before. It is read when PyTorch is loaded.
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+# Idle OpenMP threads busy-wait. With GNU's default, two runs sharing two cores made 9 steps/s each; with this, 105.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # read when PyTorch is loaded
 
 import ast
 import contextlib
 import csv
-import ctypes
+import errno
 import hashlib
 import importlib.metadata
 import importlib.util
-import inspect
 import io
+import itertools
 import json
 import math
+import pickle
 import platform
 import random
 import re
+import signal
 import sys
-import threading
 import time
+import zipfile
 import zlib
-from collections import deque
+from collections import defaultdict, deque
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from types import SimpleNamespace
 from typing import NoReturn
 from urllib.parse import quote
 
@@ -68,11 +62,11 @@ class Args:
     distribution_mode: str = "easy"  # difficulty: easy or hard (all games), extreme, memory or exploration (some games)
     num_levels: int = 200  # number of training levels; 0 means every level from start_level up
     start_level: int = 0  # first training level
-    seed: int = 0  # seed of the games, the initial weights, the actions and the minibatches
+    seed: int = 0  # seed of the environments, the initial weights, the actions and the minibatches
 
     total_timesteps: int = 25_000_000  # environment steps in all, rounded down to whole iterations
-    num_envs: int = 64  # number of parallel games
-    num_steps: int = 256  # steps of every game in one rollout
+    num_envs: int = 64  # number of parallel environments
+    num_steps: int = 256  # steps of every environment in one rollout
     learning_rate: float = 5e-4  # learning rate of Adam
     anneal_lr: bool = False  # lower the learning rate linearly to zero over the run
     gamma: float = 0.999  # discount factor of the returns
@@ -97,8 +91,8 @@ class Args:
     checkpoint: str | None = None  # start a new run from the weights (and Adam's moments) of this checkpoint
     log_interval: int = 10  # iterations between rolling checkpoints, and between lines in a log
     archive_interval: int = 50  # iterations between archived, evaluated checkpoints; 1, 2, 4, 8, 16 and 32 are, too
-    save_dataset: bool = False  # keep the whole training as a recording in the run's folder rollouts/
-    num_eval_episodes: int = 10  # test episodes per evaluation, one in each of as many parallel games
+    save_dataset: bool = False  # record the whole training in the run's folder rollouts/
+    num_eval_episodes: int = 10  # test episodes per evaluation, one in each of as many parallel environments
 
     cuda: bool = True  # use the GPU if there is one
     torch_deterministic: bool = True  # ask cuDNN for deterministic kernels
@@ -107,83 +101,11 @@ class Args:
     wandb_entity: str | None = None  # Weights & Biases team
 
 
-# Arguments without a part in what is computed: a run's name leaves them out, and a continuation may change them.
+# Arguments that do not affect the result. They are not in the run's name and may change on --resume.
 FREE_ARGUMENTS = (
     "total_timesteps", "log_interval", "archive_interval", "num_eval_episodes", "cuda", "torch_deterministic",
     "save_dataset", "xpid", "model_saving_dir", "resume", "track", "wandb_project_name", "wandb_entity",
 )  # fmt: skip
-MAX_LEVEL = 2**31 - 1  # level seeds are int32
-
-
-class ProcgenVectorEnv(gym.vector.VectorEnv):
-    """Procgen through gym 0.26's vector interface, so that gym's wrappers, and your own, fit around it.
-
-    Observations are (num_envs, 64, 64, 3) uint8, rewards (num_envs,) float32. The next episode follows at once: with
-    `terminated` comes the first frame of the next level (the terminal frame is never rendered), and `infos` holds the
-    arrays prev_level_seed and prev_level_complete of the episodes that ended. Procgen does not tell a time limit from
-    another end, so `truncated` stays False. num_levels=0 means every level from start_level up.
-    """
-
-    def __init__(self, num_envs, env_id, distribution_mode, start_level, num_levels, seed):
-        options = {"distribution_mode": distribution_mode, "rand_seed": seed, "num_threads": torch.get_num_threads()}
-        if distribution_mode != "exploration":  # which has one level, fixed by Procgen
-            # Procgen's own num_levels=0 would ignore start_level.
-            options.update(start_level=start_level, num_levels=num_levels or MAX_LEVEL - start_level)
-        self.games = ProcgenGym3Env(num_envs, env_id, **options)
-        self.started = False
-        super().__init__(num_envs, gym.spaces.Box(0, 255, (64, 64, 3), np.uint8), gym.spaces.Discrete(15))
-
-    def reset_wait(self, seed=None, options=None):
-        if seed is not None:
-            raise ValueError("Procgen seeds its games when they are made: pass the seed to ProcgenVectorEnv")
-        if self.started:  # at first the games are at the first frames of their episodes by themselves
-            self.games.act(np.full(self.num_envs, -1))  # Procgen's forced reset
-        self.started = True
-        return self.games.observe()[1]["rgb"], {}
-
-    def step_async(self, actions):
-        self.started = True
-        self.games.act(actions)
-
-    def step_wait(self):
-        rewards, frames, first = self.games.observe()
-        infos = {}
-        if first.any():  # get_info is slow
-            game_infos = self.games.get_info()
-            for key, dtype in (("prev_level_seed", int), ("prev_level_complete", bool)):
-                infos[key] = np.array([info[key] for info in game_infos], dtype=dtype)
-        return frames["rgb"], rewards, first, np.zeros_like(first), infos
-
-    def get_state(self):
-        """States of the games, their level range and mode included, as num_envs uint8 tensors."""
-        return [torch.frombuffer(bytearray(state), dtype=torch.uint8) for state in self.games.get_state()]
-
-    def set_state(self, states):
-        """Continue from get_state()'s return value. Returns the observations there."""
-        self.games.set_state([state.numpy().tobytes() for state in states])
-        return self.games.observe()[1]["rgb"]
-
-
-def make_envs(args: Args) -> gym.Env:
-    """The games to train on. A wrapper of your own goes below RecordGames, which keeps what the games were given.
-
-    Its attributes are saved and restored with those of the others.
-    """
-    levels = (args.distribution_mode, args.start_level, args.num_levels)
-    envs = ProcgenVectorEnv(args.num_envs, args.env_id, *levels, args.seed)
-    if args.save_dataset:
-        envs = RecordGames(envs)
-    envs = gym.wrappers.RecordEpisodeStatistics(envs)  # of the raw rewards
-    # Divide rewards by the standard deviation of returns. baselines, train-procgen and gen_dgrl discount these by 0.99,
-    # whatever PPO's gamma is; with 0.999 (as in CleanRL) frequent rewards are scaled down more.
-    envs = gym.wrappers.NormalizeReward(envs, gamma=args.norm_reward_gamma)
-    return gym.wrappers.TransformReward(envs, lambda reward: np.clip(reward, -10, 10))
-
-
-def make_test_envs(args: Args) -> ProcgenVectorEnv:
-    """The levels above the training range, all of them. With num_levels=0 there are none, and the two are the same."""
-    first_level = args.start_level + args.num_levels
-    return ProcgenVectorEnv(args.num_eval_episodes, args.env_id, args.distribution_mode, first_level, 0, args.seed)
 
 
 def layer_init(layer, std):
@@ -279,18 +201,17 @@ def compute_gae(rewards, values, dones, next_value, next_done, gamma, gae_lambda
     for t in reversed(range(len(rewards))):
         continues = 1.0 - next_done.float()
         delta = rewards[t] + gamma * continues * next_value - values[t]
-        advantages[t] = advantage = delta + gamma * gae_lambda * continues * advantage
+        advantage = delta + gamma * gae_lambda * continues * advantage
+        advantages[t] = advantage
         next_value, next_done = values[t], dones[t]
     return advantages, advantages + values
 
 
-LOSSES = ("policy_loss", "value_loss", "entropy", "old_approx_kl", "approx_kl", "clipfrac")
-
-
 def ppo_loss(agent, obs, actions, logprobs, returns, values, advantages, args):
-    """PPO's loss (Schulman et al. 2017, equation 9), a mean over N samples, and its parts, (6,), in LOSSES' order.
+    """PPO's loss (Schulman et al. 2017, equation 9), a mean over N samples, and its terms by name, each a tensor ().
 
-    obs is (N, 64, 64, 3) uint8, the others (N,); logprobs and values come from the policy that acted.
+    obs is (N, 64, 64, 3) uint8, the others (N,); logprobs and values come from the policy that acted. A term that you
+    add to the dict is logged as losses/{name}.
     """
     _, new_logprobs, entropy, new_values = agent.get_action_and_value(obs, actions)
     logratio = new_logprobs - logprobs
@@ -299,29 +220,115 @@ def ppo_loss(agent, obs, actions, logprobs, returns, values, advantages, args):
     policy_loss = torch.max(-advantages * ratio, -advantages * clipped_ratio).mean()
 
     error = (new_values - returns) ** 2
-    if args.clip_vloss:  # a value that has already moved by clip_coef gains nothing by moving on
+    if args.clip_vloss:  # a value that has already moved by clip_coef gains nothing by moving further
         clipped_values = values + (new_values - values).clamp(-args.clip_coef, args.clip_coef)
         error = torch.max(error, (clipped_values - returns) ** 2)
     value_loss = 0.5 * error.mean()
 
     entropy = entropy.mean()
     loss = policy_loss - args.ent_coef * entropy + args.vf_coef * value_loss
-    with torch.no_grad():  # two estimates of the KL divergence, http://joschu.net/blog/kl-approx.html
-        approx_kl = ((ratio - 1) - logratio).mean()
-        clipfrac = ((ratio - 1).abs() > args.clip_coef).float().mean()
-        parts = torch.stack([policy_loss, value_loss, entropy, -logratio.mean(), approx_kl, clipfrac])
-    return loss, parts
+    with torch.no_grad():
+        terms = {
+            "policy_loss": policy_loss.detach(),
+            "value_loss": value_loss.detach(),
+            "entropy": entropy.detach(),
+            "old_approx_kl": (-logratio).mean(),  # two estimates of the KL divergence,
+            "approx_kl": ((ratio - 1) - logratio).mean(),  # http://joschu.net/blog/kl-approx.html
+            "clipfrac": ((ratio - 1).abs() > args.clip_coef).float().mean(),
+        }
+    return loss, terms
+
+
+def make_envs(args: Args) -> gym.Env:
+    """The training environments.
+
+    A wrapper of your own goes after Recorder and needs state_dict and load_state_dict, so that a run resumes exactly.
+    One that changes frames must be repeated in make_test_envs and in collect_procgen.py.
+    """
+    levels = (args.distribution_mode, args.start_level, args.num_levels)
+    envs = ProcgenVectorEnv(args.num_envs, args.env_id, *levels, args.seed)
+    if args.save_dataset:
+        envs = Recorder(envs)
+    envs = gym.wrappers.RecordEpisodeStatistics(envs)  # of the raw rewards
+    # Divide rewards by the standard deviation of returns. baselines, train-procgen and gen_dgrl discount these by 0.99,
+    # whatever PPO's gamma is; with 0.999 (as in CleanRL) frequent rewards are scaled down more.
+    envs = gym.wrappers.NormalizeReward(envs, gamma=args.norm_reward_gamma)
+    return gym.wrappers.TransformReward(envs, lambda reward: np.clip(reward, -10, 10))
+
+
+def make_test_envs(args: Args) -> gym.Env:
+    """The levels above the training range, all of them. With num_levels=0 there are none, and the two are the same."""
+    first_level = args.start_level + args.num_levels
+    return ProcgenVectorEnv(args.num_eval_episodes, args.env_id, args.distribution_mode, first_level, 0, args.seed)
+
+
+class TrainState:
+    """Everything that an exact continuation needs. What your fork carries from one iteration to the next belongs here.
+
+    Add a line to each of the three functions, and use the attribute by its name (state.my_thing), never through a local
+    variable. state_dict returns tensors and plain Python values only, which torch.load reads with weights_only=True.
+    The state_dict of a module has its parameters and buffers, and nothing else that is in the module.
+    """
+
+    def __init__(self, args: Args, device: torch.device):
+        self.device = device
+        self.agent = Agent(args).to(device)
+        self.optimizer = torch.optim.Adam(self.agent.parameters(), lr=args.learning_rate, eps=args.adam_eps)
+        self.envs = make_envs(args)
+        self.next_obs = torch.from_numpy(self.envs.reset()[0]).to(device)
+        self.next_done = torch.zeros(args.num_envs, dtype=torch.bool, device=device)
+        self.level_complete = deque(maxlen=100)  # like return_queue and length_queue of RecordEpisodeStatistics
+        self.test_return = math.nan  # of the latest evaluation
+
+    def state_dict(self) -> dict:
+        envs = self.envs
+        return {
+            "model_state_dict": self.agent.state_dict(),
+            "optimizer_state_dict": self.optimizer.state_dict(),
+            "environments": envs.unwrapped.get_state(),
+            "next_done": self.next_done,
+            "discounted_returns": torch.from_numpy(envs.returns),  # of NormalizeReward, like return_rms
+            "return_rms": [float(envs.return_rms.mean), float(envs.return_rms.var), float(envs.return_rms.count)],
+            "episode_returns": torch.from_numpy(envs.episode_returns),  # of the unfinished episodes
+            "episode_lengths": torch.from_numpy(envs.episode_lengths),
+            "last_returns": [float(x) for x in envs.return_queue],
+            "last_lengths": [int(x) for x in envs.length_queue],
+            "last_level_complete": list(self.level_complete),
+            "last_test_return": self.test_return,
+            "own_wrappers": [wrapper.state_dict() for wrapper in own_wrappers(envs)],
+            "random_generators": get_random_state(self.device),
+        }
+
+    def load_state_dict(self, saved: dict) -> None:
+        envs = self.envs
+        self.agent.load_state_dict(saved["model_state_dict"])
+        self.optimizer.load_state_dict(saved["optimizer_state_dict"])
+        self.next_obs = torch.from_numpy(envs.unwrapped.set_state(saved["environments"])).to(self.device)
+        self.next_done = saved["next_done"].to(self.device)
+        envs.returns[:] = saved["discounted_returns"].numpy()
+        envs.return_rms.mean, envs.return_rms.var, envs.return_rms.count = saved["return_rms"]
+        envs.episode_returns[:] = saved["episode_returns"].numpy()
+        envs.episode_lengths[:] = saved["episode_lengths"].numpy()
+        envs.return_queue.extend(saved["last_returns"])
+        envs.length_queue.extend(saved["last_lengths"])
+        self.level_complete.extend(saved["last_level_complete"])
+        self.test_return = saved["last_test_return"]
+        for wrapper, wrapper_state in zip(own_wrappers(envs), saved["own_wrappers"], strict=True):
+            wrapper.load_state_dict(wrapper_state)
+        set_random_state(saved["random_generators"], self.device)
 
 
 @torch.inference_mode()
-def evaluate(agent, envs, start_states, seed, device):
-    """Play an episode in each of envs with sampled actions. Returns returns, lengths, level_complete, each (num_envs,).
+def evaluate(agent, envs, start_states, seed, device) -> dict:
+    """Play an episode in each of envs with sampled actions. Returns its returns, lengths, level_complete, (num_envs,).
 
     One in each, because the first N to end would be the short ones. From the same start_states and with a random
     generator of its own it meets the same levels and the same luck every time, and takes nothing from the training.
     """
-    returns, lengths = np.zeros(envs.num_envs), np.zeros(envs.num_envs)
-    level_complete, playing = np.zeros(envs.num_envs, dtype=bool), np.ones(envs.num_envs, dtype=bool)
+    returns = np.zeros(envs.num_envs)
+    lengths = np.zeros(envs.num_envs)
+    level_complete = np.zeros(envs.num_envs, dtype=bool)
+    playing = np.ones(envs.num_envs, dtype=bool)
     obs = envs.set_state(start_states)
     agent.eval()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -336,7 +343,7 @@ def evaluate(agent, envs, start_states, seed, device):
                 level_complete |= playing & terminated & infos["prev_level_complete"]
                 playing &= ~terminated
     agent.train()
-    return returns, lengths, level_complete
+    return {"returns": returns, "lengths": lengths, "level_complete": level_complete}
 
 
 def train(args: Args) -> None:
@@ -347,137 +354,159 @@ def train(args: Args) -> None:
     np.random.seed(args.seed)
     torch.manual_seed(args.seed)
     torch.backends.cudnn.deterministic = args.torch_deterministic
-    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    device = choose_device(args)
+    microbatch_size = choose_microbatch_size(device)
 
-    # ROLLOUT STORAGE. What the network reads is on its device; what the games give is copied there once a rollout.
+    # ROLLOUT STORAGE
     shape = (args.num_steps, args.num_envs)
     obs = torch.zeros((*shape, 64, 64, 3), dtype=torch.uint8, device=device)
     actions = torch.zeros(shape, dtype=torch.int64, device=device)
-    logprobs, values = torch.zeros(shape, device=device), torch.zeros(shape, device=device)
-    rewards, dones = np.zeros(shape, np.float32), np.zeros(shape, bool)
+    logprobs = torch.zeros(shape, device=device)
+    values = torch.zeros(shape, device=device)
+    rewards = torch.zeros(shape, device=device)
+    dones = torch.zeros(shape, dtype=torch.bool, device=device)
 
-    agent = Agent(args).to(device)
-    optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=args.adam_eps)
-    envs, test_envs = make_envs(args), make_test_envs(args)
+    state = TrainState(args, device)
+    agent, optimizer, envs = state.agent, state.optimizer, state.envs
+    test_envs = make_test_envs(args)
     test_start = test_envs.get_state()
-    chunk_size = frames_per_backward(device)
 
-    # STATE: all that an exact continuation needs, named once; it is saved and restored from here. What your loop hands
-    # from one iteration to the next belongs into carry, and is used as carry.name.
-    carry = SimpleNamespace(
-        next_obs=torch.from_numpy(envs.reset()[0]).to(device),
-        next_done=np.zeros(args.num_envs, bool),
-        level_complete=deque(maxlen=100),  # beside return_queue and length_queue of RecordEpisodeStatistics
-        latest_test_return=math.nan,
-    )
-    state = {"model_state_dict": agent, "optimizer_state_dict": optimizer, "envs": envs, "carry": carry}
-    state["random_generators"] = RandomGenerators(device)
-
-    test = None  # returns, lengths and level_complete of the iteration's test episodes, if there were any
-    with Run(args, state, num_iterations, device) as run:
+    test = None
+    with Run(args, state, num_iterations) as run:
         for iteration in range(run.iteration + 1, num_iterations + 1):
             if args.anneal_lr:
                 optimizer.param_groups[0]["lr"] = (1 - (iteration - 1) / num_iterations) * args.learning_rate
 
             # ROLLOUT
-            run.bar.set_description("rollout")
             for step in range(args.num_steps):
                 stop_if_asked()
-                obs[step], dones[step] = carry.next_obs, carry.next_done
+                obs[step] = state.next_obs
+                dones[step] = state.next_done
                 with torch.inference_mode():
-                    actions[step], logprobs[step], _, values[step] = agent.get_action_and_value(carry.next_obs)
-                next_frames, rewards[step], terminated, _, infos = envs.step(actions[step].cpu().numpy())
-                carry.next_obs, carry.next_done = torch.from_numpy(next_frames).to(device), np.array(terminated)
+                    actions[step], logprobs[step], _, values[step] = agent.get_action_and_value(state.next_obs)
+                next_obs, reward, terminated, _, infos = envs.step(actions[step].cpu().numpy())
+                state.next_obs = torch.from_numpy(next_obs).to(device)
+                state.next_done = torch.from_numpy(np.array(terminated)).to(device)  # a list, by gym
+                rewards[step] = torch.from_numpy(reward)
                 if "episode" in infos:
-                    carry.level_complete.extend(infos["prev_level_complete"][infos["_episode"]].tolist())
-                run.bar.update(args.num_envs)
-            if args.save_dataset:
-                run.record(envs.take_steps(), logprobs)
+                    state.level_complete.extend(infos["prev_level_complete"][infos["_episode"]].tolist())
+                run.count_steps(args.num_envs)
 
             # ADVANTAGES
             with torch.inference_mode():
-                next_value = agent.get_value(carry.next_obs)
-            ends = torch.from_numpy(dones).to(device), next_value, torch.from_numpy(carry.next_done).to(device)
-            gae = compute_gae(torch.from_numpy(rewards).to(device), values, *ends, args.gamma, args.gae_lambda)
-            b_advantages, b_returns = (x.flatten() for x in gae)
+                next_value = agent.get_value(state.next_obs)
+            advantages, returns = compute_gae(
+                rewards, values, dones, next_value, state.next_done, args.gamma, args.gae_lambda
+            )
+            b_obs = obs.flatten(0, 1)
+            b_actions = actions.flatten()
+            b_logprobs = logprobs.flatten()
             b_values = values.flatten()
-            batch = (obs.flatten(0, 1), actions.flatten(), logprobs.flatten(), b_returns, b_values)
+            b_returns = returns.flatten()
+            b_advantages = advantages.flatten()
 
-            # UPDATE. Nothing waits for the device, but for target_kl; the losses' sums are read once, at the end.
-            loss_sums, updates = torch.zeros(len(LOSSES) + 1, device=device), 0
+            # UPDATE. The losses are summed on the device and read once, so that nothing waits for it before the end.
+            loss_sums = defaultdict(float)
+            num_updates = 0
             for epoch in range(args.update_epochs):
-                run.bar.set_description(f"update {epoch + 1}/{args.update_epochs}")
+                run.describe(f"update {epoch + 1}/{args.update_epochs}")
                 for minibatch in torch.randperm(batch_size, device=device).split(minibatch_size):
-                    advantages = b_advantages[minibatch]
+                    mb_advantages = b_advantages[minibatch]
                     if args.norm_adv:
-                        advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
-                    mb_losses = torch.zeros(len(LOSSES), device=device)
+                        mb_advantages = (mb_advantages - mb_advantages.mean()) / (mb_advantages.std() + 1e-8)
+                    mb_losses = defaultdict(float)
                     optimizer.zero_grad()
-                    for chunk, chunk_advantages in zip(minibatch.split(chunk_size), advantages.split(chunk_size)):
+                    # Gradient accumulation over microbatches, which needs a ppo_loss that is a mean over its samples.
+                    for mb, mb_adv in zip(minibatch.split(microbatch_size), mb_advantages.split(microbatch_size)):
                         stop_if_asked()
-                        loss, parts = ppo_loss(agent, *(x[chunk] for x in batch), chunk_advantages, args)
-                        share = len(chunk) / minibatch_size
-                        (loss * share).backward()
-                        mb_losses += parts * share
-                    grad_norm = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
+                        loss, terms = ppo_loss(
+                            agent, b_obs[mb], b_actions[mb], b_logprobs[mb], b_returns[mb], b_values[mb], mb_adv, args
+                        )
+                        weight = len(mb) / minibatch_size
+                        (loss * weight).backward()
+                        for name, term in terms.items():
+                            mb_losses[name] += term * weight
+                    mb_losses["grad_norm"] = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
                     optimizer.step()
-                    loss_sums += torch.cat([mb_losses, grad_norm[None]])
-                    updates += 1
-                if args.target_kl is not None and mb_losses[LOSSES.index("approx_kl")] > args.target_kl:
+                    for name, value in mb_losses.items():
+                        loss_sums[name] += value
+                    num_updates += 1
+                if args.target_kl is not None and mb_losses["approx_kl"] > args.target_kl:
                     break
-            losses = dict(zip((*LOSSES, "grad_norm"), (loss_sums / updates).tolist()))
-            with torch.inference_mode():  # what the last step of the optimizer has done to the weights, no loss tells
-                _, *outputs = agent.get_action_and_value(carry.next_obs, actions[-1])
-            if not all(map(math.isfinite, losses.values())) or not all(x.isfinite().all() for x in outputs):
-                fail(f"training diverged in iteration {iteration}; try a smaller --learning-rate. Losses: {losses}")
+            losses = {name: (total / num_updates).item() for name, total in loss_sums.items()}
             losses["explained_variance"] = (1 - (b_returns - b_values).var() / b_returns.var()).item()
+            check_finite(iteration, losses, state)
 
             # EVALUATION
             test = None
             if run.archives(iteration) or iteration == num_iterations:
-                run.bar.set_description("evaluate")
-                test = evaluate(agent, test_envs, test_start, args.seed, device)
-                carry.latest_test_return = float(test[0].mean())
-            run.end_iteration(collect_metrics(envs, carry, optimizer, losses, test))
+                with run.evaluation():
+                    test = evaluate(agent, test_envs, test_start, args.seed, device)
+                state.test_return = float(test["returns"].mean())
+            run.end_iteration(collect_metrics(state, losses, test), logprobs)
 
-        test = test or evaluate(agent, test_envs, test_start, args.seed, device)
-        run.finish(float(test[0].mean()))
+        run.finish(test or evaluate(agent, test_envs, test_start, args.seed, device))
 
 
-def collect_metrics(envs, carry, optimizer, losses, test) -> dict:
+def collect_metrics(state: TrainState, losses: dict, test: dict | None) -> dict:
     """The row of an iteration in progress.csv and TensorBoard; nan stands for what was not measured.
 
     charts/episodic_return, episodic_length and level_complete are means over the last 100 training episodes, with raw
     rewards; charts/test_* over the test episodes. The losses are means over the iteration's minibatches: old_approx_kl
-    and approx_kl estimate the KL divergence from the policy that acted to the new one, clipfrac is the share of ratios
-    outside the clipping range, grad_norm the norm before clipping; explained_variance is the share of the returns'
-    variance that the values before the update explain. Run adds charts/SPS, environment steps a second since the start.
+    and approx_kl estimate the KL divergence from the policy that acted to the new one, clipfrac is the fraction of
+    ratios outside the clipping range, grad_norm the norm before clipping; explained_variance is the fraction of the
+    returns' variance that the values before the update explain. Run adds charts/SPS, steps a second without evaluation.
     """
 
     def mean(values):
         return float(np.mean(values, dtype=float)) if len(values) else math.nan
 
-    test_returns, test_lengths, test_complete = test or ((), (), ())
+    if test is None:
+        test = {"returns": [], "lengths": [], "level_complete": []}
     return {
-        "charts/learning_rate": optimizer.param_groups[0]["lr"],
-        "charts/episodic_return": mean(envs.return_queue),
-        "charts/episodic_length": mean(envs.length_queue),
-        "charts/level_complete": mean(carry.level_complete),
-        "charts/test_return": mean(test_returns),
-        "charts/test_length": mean(test_lengths),
-        "charts/test_level_complete": mean(test_complete),
+        "charts/learning_rate": state.optimizer.param_groups[0]["lr"],
+        "charts/episodic_return": mean(state.envs.return_queue),
+        "charts/episodic_length": mean(state.envs.length_queue),
+        "charts/level_complete": mean(state.level_complete),
+        "charts/test_return": mean(test["returns"]),
+        "charts/test_length": mean(test["lengths"]),
+        "charts/test_level_complete": mean(test["level_complete"]),
         **{f"losses/{name}": value for name, value in losses.items()},
     }
 
 
 # ======================================================================================================================
-# No fork needs to change anything below: arguments, signals, saving and restoring, files.
+# No fork needs to change anything below: environments, arguments, devices, signals, files, checkpoints, resuming.
 # ======================================================================================================================
 
 SCRIPT = Path(__file__).name
 ALGORITHM = Path(__file__).stem.removesuffix("_procgen")  # a copy under another name is another algorithm
 SOURCE = Path(__file__).read_bytes()
-LOCK_PATIENCE = 600  # seconds
+EXIT_STOPPED = 75  # EX_TEMPFAIL: run the same command again to continue
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2, signal.SIGHUP)
+LOCK_PATIENCE = 600  # seconds, on a cluster
+MAX_LEVEL = 2**31 - 1  # level seeds are int32
+GEN_DGRL_FLAGS = {
+    "--env-name": "--env-id",
+    "--num-env-steps": "--total-timesteps",
+    "--num-processes": "--num-envs",
+    "--ppo-epoch": "--update-epochs",
+    "--num-mini-batch": "--num-minibatches",
+    "--clip-param": "--clip-coef",
+    "--entropy-coef": "--ent-coef",
+    "--value-loss-coef": "--vf-coef",
+    "--lr": "--learning-rate",
+    "--eps": "--adam-eps",
+    "--checkpoint-path": "--checkpoint",
+    "--log-wandb": "--track",
+}
+SHORT_NAMES = {  # in run names, as in gen_dgrl's
+    "learning_rate": "lr",
+    "update_epochs": "epoch",
+    "num_minibatches": "mb",
+    "vf_coef": "v",
+    "ent_coef": "ha",
+}
 # The games that have more modes than easy and hard. Asked for any other, Procgen's library ends the whole process.
 EXTRA_MODES = {
     "extreme": ("chaser", "dodgeball", "leaper", "starpilot"),
@@ -486,8 +515,100 @@ EXTRA_MODES = {
 }
 
 
+class ProcgenVectorEnv(gym.vector.VectorEnv):
+    """Procgen through gym 0.26's vector interface, so that gym's wrappers, and your own, fit around it.
+
+    Observations are (num_envs, 64, 64, 3) uint8, rewards (num_envs,) float32. The next episode follows at once: with
+    `terminated` comes the first frame of the next level (the terminal frame is never rendered), and `infos` holds the
+    arrays prev_level_seed and prev_level_complete of the episodes that ended. Procgen does not tell a time limit from
+    another end, so `truncated` stays False. num_levels=0 means every level from start_level up.
+    """
+
+    def __init__(self, num_envs, env_id, distribution_mode, start_level, num_levels, seed):
+        options = {"distribution_mode": distribution_mode, "rand_seed": seed, "num_threads": torch.get_num_threads()}
+        if distribution_mode != "exploration":  # which has one level, fixed by Procgen
+            # Procgen's own num_levels=0 would ignore start_level.
+            options.update(start_level=start_level, num_levels=num_levels or MAX_LEVEL - start_level)
+        self.games = ProcgenGym3Env(num_envs, env_id, **options)
+        super().__init__(num_envs, gym.spaces.Box(0, 255, (64, 64, 3), np.uint8), gym.spaces.Discrete(15))
+
+    def reset_wait(self, seed=None, options=None):
+        """The first observations. There is no other reset: an episode is followed by the next one."""
+        if seed is not None:
+            raise ValueError("Procgen seeds its environments when they are made: pass the seed to ProcgenVectorEnv")
+        return self.games.observe()[1]["rgb"], {}
+
+    def step_async(self, actions):
+        self.games.act(actions)
+
+    def step_wait(self):
+        rewards, frames, first = self.games.observe()
+        infos = {}
+        if first.any():  # get_info is slow
+            game_infos = self.games.get_info()
+            for key, dtype in (("prev_level_seed", int), ("prev_level_complete", bool)):
+                infos[key] = np.array([info[key] for info in game_infos], dtype=dtype)
+        return frames["rgb"], rewards, first, np.zeros_like(first), infos
+
+    def get_state(self):
+        """States of the environments, their level range and mode included, as num_envs uint8 tensors."""
+        return [torch.frombuffer(bytearray(state), dtype=torch.uint8) for state in self.games.get_state()]
+
+    def set_state(self, states):
+        """Continue from get_state()'s return value. Returns the observations there."""
+        self.games.set_state([state.numpy().tobytes() for state in states])
+        return self.games.observe()[1]["rgb"]
+
+
+class Recorder(gym.Wrapper):
+    """Records what the environments were given and what they returned, with a checksum in place of the frames."""
+
+    def __init__(self, envs):
+        super().__init__(envs)
+        self.rows = []
+
+    def step(self, actions):
+        checksum = zlib.crc32(self.unwrapped.games.observe()[1]["rgb"])
+        frames, rewards, terminated, truncated, infos = self.env.step(actions)
+        row = {
+            "actions": actions.astype(np.uint8),
+            "rewards": rewards.copy(),
+            "dones": terminated.copy(),
+            "checksums": np.uint32(checksum),
+        }
+        self.rows.append(row)
+        return frames, rewards, terminated, truncated, infos
+
+    def take_rows(self, logprobs: torch.Tensor) -> dict:
+        """The steps since the last call: arrays (T, num_envs), checksums (T,). logprobs are those of the policy."""
+        if len(self.rows) != len(logprobs):
+            raise ValueError("the environments took other steps than the policy: --save-dataset does not fit a wrapper")
+        taken = {"log_probs": logprobs.cpu().numpy().copy()}
+        for name in self.rows[0]:
+            taken[name] = np.stack([row[name] for row in self.rows])
+        self.rows = []
+        return taken
+
+
+def own_wrappers(envs: gym.Env) -> list:
+    """The wrappers that a fork has added to make_envs. Exits with code 1 if the state of one can't be saved."""
+    known = (Recorder, gym.wrappers.RecordEpisodeStatistics, gym.wrappers.NormalizeReward, gym.wrappers.TransformReward)
+    wrappers = []
+    while not isinstance(envs, ProcgenVectorEnv):
+        if type(envs) not in known:
+            wrappers.append(envs)
+            for method in ("state_dict", "load_state_dict"):
+                if not hasattr(type(envs), method):
+                    fail(f"the wrapper {type(envs).__name__} has no {method}(); a run needs it to resume exactly")
+        envs = envs.env
+    return wrappers
+
+
+# MESSAGES
+
+
 def fail(message: str, code: int = 1) -> NoReturn:
-    """End the process with one line on stderr; code 2 is for arguments, 1 for the rest."""
+    """Exit with one line on stderr; code 2 is for arguments, 1 for the rest."""
     print(f"{SCRIPT}: error: {message}", file=sys.stderr)
     sys.exit(code)
 
@@ -500,16 +621,67 @@ def flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
+def describe_changes(before: dict, now: dict) -> str:
+    """In words, what differs between two dicts; empty if nothing does."""
+    changes = []
+    for name in before | now:
+        old = before.get(name, "absent")
+        new = now.get(name, "absent")
+        if old != new:
+            changes.append(f"{name} was {old}, is {new}")
+    return ", ".join(changes)
+
+
+# ARGUMENTS
+
+
+def parse_args() -> Args:
+    """The command line as Args, checked. Exits with code 2 and one line if something is wrong with it."""
+    words = sys.argv[1:]
+    for place, word in enumerate(words):
+        name = word.partition("=")[0].replace("_", "-")
+        if name in GEN_DGRL_FLAGS:
+            fail(f"{name} is gen_dgrl's name of an argument; here it is {GEN_DGRL_FLAGS[name]}", 2)
+        if name == "--checkpoint":
+            files = list(itertools.takewhile(lambda later: not later.startswith("-"), words[place + 1 :]))
+            if len(files) > 1:
+                fail(f"--checkpoint takes one file; yours matched {len(files)}: {' '.join(files)[:200]}", 2)
+        if name == "--total-timesteps":
+            words[place : place + 2] = [spell_out(x) for x in words[place : place + 2]]
+    args = tyro.cli(Args, description=__doc__, args=words)
+    for field in fields(args):
+        if field.type is float:  # a default of 0 and the argument 0.0 name the same run
+            setattr(args, field.name, float(getattr(args, field.name)))
+    if args.xpid is None:
+        args.xpid = default_xpid(args)
+    check_args(args)
+    return args
+
+
+def spell_out(word: str) -> str:
+    """1e6 as 1000000, which is how a grid may have it, too."""
+    name, equals, number = word.rpartition("=")
+    if re.fullmatch(r"\d+(\.\d+)?e\d+", number) and float(number).is_integer():
+        number = str(int(float(number)))
+    return name + equals + number
+
+
 def default_xpid(args: Args) -> str:
     """The name of a run. There is no clock in it: the same arguments name the same run."""
-    # What precedes each value. The algorithm has none.
-    parts = {"env_id": "", "distribution_mode": "-", "num_levels": "-", "": f"-{ALGORITHM}", "learning_rate": "-lr"}
-    parts |= {"update_epochs": "-epoch", "num_minibatches": "-mb", "vf_coef": "-v", "ent_coef": "-ha"}
-    unnamed = (*parts, *FREE_ARGUMENTS, "seed")
-    values, defaults = {"": "", **asdict(args)}, {field.name: field.default for field in fields(args)}
-    parts |= {name: f"-{name}" for name in values if name not in unnamed and values[name] != defaults[name]}
-    words = [f"{part}{values[name]}" for name, part in parts.items() if name in values]
-    return quote("".join(words) + f"_{args.seed}", safe="+")
+    words = [args.env_id, args.distribution_mode, str(args.num_levels), ALGORITHM]
+    for name, short_name in SHORT_NAMES.items():
+        if hasattr(args, name):  # a fork may drop arguments
+            words.append(f"{short_name}{getattr(args, name)}")
+    in_every_name = ("env_id", "distribution_mode", "num_levels", "seed", *SHORT_NAMES)
+    for field in fields(args):
+        value = getattr(args, field.name)
+        if field.name in in_every_name or field.name in FREE_ARGUMENTS or value == field.default:
+            continue
+        if field.name == "checkpoint":
+            content_hash = hashlib.sha256(read_checkpoint(Path(value))).hexdigest()
+            value = f"{Path(value).stem[:40]}-{content_hash[:8]}"
+        words.append(f"{field.name}{value}")
+    return quote("-".join(words) + f"_{args.seed}", safe="+")
 
 
 def check_args(args: Args) -> None:
@@ -519,186 +691,137 @@ def check_args(args: Args) -> None:
         if not condition:
             fail(f"{flag(name)} is {getattr(args, name)!r}; it must be {wanted}", 2)
 
+    def require_each(names, is_valid, wanted):
+        for name in names.split():
+            if hasattr(args, name):  # a fork may drop arguments
+                require(is_valid(getattr(args, name)), name, wanted)
+
     require(args.env_id in ENV_NAMES, "env_id", f"one of {', '.join(ENV_NAMES)}")
     modes = ["easy", "hard"] + [mode for mode, games in EXTRA_MODES.items() if args.env_id in games]
     require(args.distribution_mode in modes, "distribution_mode", f"one of {', '.join(modes)} for {args.env_id}")
-    for names, holds, wanted in (
-        ("num_envs num_steps hidden_size num_eval_episodes", lambda x: 1 <= x <= 2**16, "between 1 and 65536"),
-        ("num_minibatches update_epochs total_timesteps log_interval archive_interval", lambda x: x >= 1, "at least 1"),
-        ("learning_rate adam_eps clip_coef max_grad_norm", lambda x: 0 < x < math.inf, "a number above 0"),
-        ("ent_coef vf_coef", lambda x: 0 <= x < math.inf, "a number of 0 or more"),
-        ("gamma gae_lambda norm_reward_gamma", lambda x: 0 <= x <= 1, "between 0 and 1"),
-        ("target_kl", lambda x: x is None or 0 < x < math.inf, "a number above 0, or left out"),
-        ("seed start_level num_levels", lambda x: 0 <= x < MAX_LEVEL, f"between 0 and {MAX_LEVEL - 1}"),
-        ("checkpoint", lambda x: x != "", "a file, or left out"),
-    ):
-        for name in names.split():
-            if hasattr(args, name):  # a fork may do without
-                require(holds(getattr(args, name)), name, wanted)
+    sizes = "num_envs num_steps hidden_size num_eval_episodes"
+    counts = "num_minibatches update_epochs total_timesteps log_interval archive_interval"
+    require_each(sizes, lambda x: 1 <= x <= 2**16, "between 1 and 65536")
+    require_each(counts, lambda x: x >= 1, "at least 1")
+    require_each("learning_rate adam_eps clip_coef max_grad_norm", lambda x: 0 < x < math.inf, "a number above 0")
+    require_each("ent_coef vf_coef", lambda x: 0 <= x < math.inf, "a number of 0 or more")
+    require_each("gamma norm_reward_gamma gae_lambda", lambda x: 0 <= x <= 1, "between 0 and 1")
+    require_each("target_kl", lambda x: x is None or 0 < x < math.inf, "a number above 0, or left out")
+    require_each("seed start_level num_levels", lambda x: 0 <= x < MAX_LEVEL, f"between 0 and {MAX_LEVEL - 1}")
     most_levels = MAX_LEVEL - 1 - args.start_level  # one is left to test on
     require(args.num_levels <= most_levels, "num_levels", f"at most {most_levels} with this --start-level")
-    batch = args.num_envs * args.num_steps
-    minibatches = getattr(args, "num_minibatches", 1)
-    require(batch % minibatches == 0, "num_minibatches", f"a divisor of num_envs * num_steps = {batch}")
+    batch_size = args.num_envs * args.num_steps
+    num_minibatches = getattr(args, "num_minibatches", 1)
     if getattr(args, "norm_adv", False):  # a single advantage has no standard deviation
-        require(batch > minibatches, "num_minibatches", f"at most {batch // 2}, or --no-norm-adv given")
-    require(args.total_timesteps >= batch, "total_timesteps", f"at least one iteration, num_envs * num_steps = {batch}")
-    plain = args.xpid not in ("", "..") and args.xpid == Path(args.xpid).name and args.xpid.isprintable()
-    require(plain and len(args.xpid.encode()) <= 200, "xpid", "a plain folder name of at most 200 bytes")
+        require(batch_size > 1, "num_steps", "more than 1 with one environment, or --no-norm-adv given")
+        wanted = f"at most {batch_size // 2} for batches of {batch_size}, or --no-norm-adv given"
+        require(batch_size > num_minibatches, "num_minibatches", wanted)
+    divisor = f"a divisor of num_envs * num_steps = {batch_size}"
+    require(batch_size % num_minibatches == 0, "num_minibatches", divisor)
+    one_iteration = f"at least one iteration, num_envs * num_steps = {batch_size}"
+    require(args.total_timesteps >= batch_size, "total_timesteps", one_iteration)
+    is_folder_name = args.xpid not in ("", "..") and args.xpid == Path(args.xpid).name and args.xpid.isprintable()
+    is_short = len(args.xpid.encode(errors="replace")) <= 200
+    require(is_folder_name and is_short, "xpid", "a plain folder name of at most 200 bytes")
     if getattr(args, "bfloat16", False) and not has_bfloat16(args):
-        fail("--bfloat16 needs a CPU with avx512_bf16 or amx_bf16, or a GPU; it is slower here, so leave it out", 2)
-    # A folder wandb/, which that package makes, is found as well, but has no origin.
-    if args.track and getattr(importlib.util.find_spec("wandb"), "origin", None) is None:
+        way_out = "a new run can do without it, one begun with it needs such a machine"
+        fail(f"--bfloat16 needs a GPU, or a CPU with avx512_bf16 or amx_bf16, and there is none; {way_out}", 2)
+    wandb = importlib.util.find_spec("wandb")
+    if args.track and (wandb is None or wandb.origin is None):  # a folder wandb/ is found, too, but has no origin
         fail("--track needs the package wandb, which is not installed: pip install wandb, or leave --track out", 2)
 
 
-def keep_large_blocks() -> None:
-    """Tell glibc's malloc to keep freed memory (other C libraries are left alone).
-
-    By itself it hands every large activation back to the kernel and faults it in again at the next use, which takes as
-    long as the arithmetic.
-    """
-    if platform.libc_ver()[0] == "glibc":
-        mallopt, mmap_threshold, trim_threshold = ctypes.CDLL(None).mallopt, -3, -1  # malloc.h
-        mallopt(mmap_threshold, 2**30) or mallopt(mmap_threshold, 2**25)  # older versions refuse more than 32 MB
-        mallopt(trim_threshold, 2**31 - 1)
+# DEVICES
 
 
-def frames_per_backward(device: torch.device) -> int:
-    """How many frames go through a backward pass at once: a minibatch's gradient is summed over chunks of so many.
+def choose_device(args: Args) -> torch.device:
+    """A GPU if there is one. Exits with code 2 on a cluster that has given the job a GPU that PyTorch can't use."""
+    if args.cuda and torch.cuda.is_available():
+        return torch.device("cuda")
+    gpus = os.environ.get("SLURM_JOB_GPUS") or os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    if args.cuda and "SLURM_JOB_ID" in os.environ and gpus not in ("", "-1", "NoDevFiles"):
+        fail(f"this Slurm job has GPU {gpus}, but PyTorch can use none; --no-cuda trains on the CPU", 2)
+    return torch.device("cpu")
 
-    On a CPU 64 and 128 are the fastest of 16 to 256, with AVX2 and AVX-512, on one core and on two, as the activations
-    stay in the cache. On a GPU it is what fits: a frame takes some 1.2 MB, and 2 MB leave room. A power of two, so that
-    a little more or less free memory after a restart does not change the last bits of the sums.
+
+def choose_microbatch_size(device: torch.device) -> int:
+    """How many frames go through the network at once in the update. It has a part in the last bits of the result.
+
+    On a CPU 64 and 128 are the fastest of 16 to 256, as their activations stay in the cache. On a GPU 1,024 frames take
+    about 1.2 GB; one with less than 4 GB gets fewer. Free memory has no part in it, as other processes change it.
     """
     if device.type == "cpu":
         return 64
-    free_memory, _ = torch.cuda.mem_get_info(device)
-    return 2 ** int(math.log2(max(free_memory / 2e6, 1)))
+    total_memory = torch.cuda.mem_get_info(device)[1]
+    return min(1024, 2 ** int(math.log2(total_memory / 4e6)))
 
 
 def has_bfloat16(args: Args) -> bool:
-    """Whether the run's device computes in bfloat16 by itself. Taken for granted of a GPU."""
+    """Whether the device computes in bfloat16 natively; every GPU is taken to."""
+    if args.cuda and torch.cuda.is_available():
+        return True
     cpu = torch.cpu.get_capabilities()
-    return args.cuda and torch.cuda.is_available() or cpu.get("avx512_bf16", False) or cpu.get("amx_bf16", False)
+    return cpu.get("avx512_bf16", False) or cpu.get("amx_bf16", False)
+
+
+def describe_machine(device: torch.device) -> dict:
+    """What the last bits of a result depend on, apart from the source and the versions."""
+    if device.type == "cuda":
+        return {
+            "device": "cuda",
+            "model": torch.cuda.get_device_name(device),
+            "microbatch": choose_microbatch_size(device),
+            "deterministic": torch.backends.cudnn.deterministic,
+            "tf32": (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32),
+        }
+    model = platform.machine()
+    for line in open("/proc/cpuinfo"):
+        if line.startswith("model name"):
+            model = line.partition(":")[2].strip()
+    instructions = torch.backends.cpu.get_cpu_capability()
+    return {"device": "cpu", "model": f"{model} {instructions}", "threads": torch.get_num_threads()}
+
+
+# SIGNALS AND ERRORS
 
 
 class Stopped(Exception):
-    """One of STOP_SIGNALS came."""
+    """One of STOP_SIGNALS was received."""
 
 
 signals_received = []
 
 
+def handle_signals() -> None:
+    """From now on a signal ends the run where its state can be saved."""
+    for stop_signal in STOP_SIGNALS:
+        if stop_signal == signal.SIGHUP and signal.getsignal(stop_signal) == signal.SIG_IGN:
+            continue  # nohup
+        signal.signal(stop_signal, lambda signum, _: signals_received.append(signum))
+
+
 def stop_if_asked() -> None:
-    """Raise Stopped after a signal. Called where it is safe: before each step of the games and each backward pass."""
+    """Raise Stopped after a signal. Called before every environment step and every backward pass."""
     if signals_received:
         raise Stopped(signal.Signals(signals_received[0]).name)
 
 
-def ignore_signals() -> None:
-    """Once all is saved: while Python ends, it has no handlers any more, and a signal would change the exit code."""
-    for stop_signal in STOP_SIGNALS:
-        signal.signal(stop_signal, signal.SIG_IGN)
+def check_finite(iteration: int, losses: dict, state: TrainState) -> None:
+    """Exit with code 1 if an iteration gave nan or infinite losses, or weights that do."""
+    with torch.inference_mode():  # the losses were computed before the last optimizer step, so check its effect as well
+        logits, values = state.agent(state.next_obs)
+    finite = logits.isfinite().all() and values.isfinite().all()
+    losses = {name: value for name, value in losses.items() if name != "explained_variance"}  # nan without rewards
+    if not finite or not all(math.isfinite(value) for value in losses.values()):
+        fail(f"training diverged in iteration {iteration}; try a smaller --learning-rate. Losses: {losses}")
 
 
-# STATE
-
-
-class RandomGenerators:
-    """Those of Python, numpy and PyTorch."""
-
-    def __init__(self, device):
-        self.device = device
-
-    def get_state(self):
-        state = {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state()}
-        return state | ({"cuda": torch.cuda.get_rng_state(self.device)} if self.device.type == "cuda" else {})
-
-    def set_state(self, state):
-        random.setstate(state["python"])
-        np.random.set_state(state["numpy"])
-        torch.set_rng_state(state["torch"])
-        if self.device.type == "cuda" and "cuda" in state:  # it is not there if the run comes from a CPU
-            torch.cuda.set_rng_state(state["cuda"], self.device)
-
-
-def attributes(x) -> dict:
-    """What is saved of an object, a wrapper among them: not its functions, what it was given, or when it was made."""
-    given = (gym.Space, Args, torch.device)
-    kept = {name: value for name, value in vars(x).items() if name != "t0" and not isinstance(value, given)}
-    return {name: value for name, value in kept.items() if not inspect.isroutine(value)}
-
-
-def freeze(x, name="", device=None):
-    """A copy of x in tensors and plain values, which torch.load reads with weights_only=True.
-
-    The tensors stay where they are unless a device is named, so that nothing waits for a GPU.
-    """
-    if isinstance(x, torch.Tensor):
-        return x.detach().to(device or x.device, copy=True)
-    if isinstance(x, (np.ndarray, np.generic)):
-        return {"numpy": torch.from_numpy(np.array(x))}
-    if isinstance(x, np.random.Generator):
-        return {"generator": freeze(x.bit_generator.state, name, device)}
-    if isinstance(x, dict):
-        keys = [key.item() if isinstance(key, np.generic) else key for key in x]
-        parts = [part for key in keys for part in (key if isinstance(key, tuple) else (key,))]
-        if odd := {type(part).__name__ for part in parts} - {"str", "int", "float", "bool"}:
-            raise TypeError(f"state{name} has keys of type {odd.pop()}, which cannot be saved: use text or numbers")
-        return {key: freeze(value, f"{name}.{key}", device) for key, value in zip(keys, x.values())}
-    if isinstance(x, (list, tuple, deque)):
-        return (tuple if isinstance(x, tuple) else list)(freeze(value, name, device) for value in x)
-    for get in ("state_dict", "get_state"):
-        if hasattr(type(x), get):
-            return freeze(getattr(x, get)(), name, device)
-    if isinstance(x, SimpleNamespace) or (hasattr(x, "__dict__") and type(x).__reduce__ is object.__reduce__):
-        return freeze(attributes(x), name, device)
-    if not isinstance(x, (bool, int, float, str, type(None))):
-        raise TypeError(f"state{name} is a {type(x).__name__}, which cannot be saved: give it get_state and set_state")
-    return x
-
-
-def thaw(saved, x=None, name=""):
-    """What freeze() was given. If x is an object, it takes the state over; if it is a tensor, its device is kept."""
-    if isinstance(x, torch.Tensor):
-        if not x.requires_grad:
-            return saved.to(x.device)
-        x.data.copy_(saved)  # an optimizer may hold it
-        return x
-    if isinstance(saved, dict) and saved.keys() == {"numpy"}:
-        return saved["numpy"].numpy()[()]
-    if isinstance(x, np.random.Generator):
-        x.bit_generator.state = thaw(saved["generator"])
-        return x
-    for put in ("load_state_dict", "set_state"):
-        if hasattr(type(x), put):
-            getattr(x, put)(thaw(saved))
-            return x
-    if isinstance(saved, (list, tuple)):  # what x has in the same places is restored in its own way
-        before = list(x) if isinstance(x, (list, tuple, deque)) and len(x) == len(saved) else [None] * len(saved)
-        values = [thaw(value, old, f"{name}[{i}]") for i, (value, old) in enumerate(zip(saved, before))]
-        return deque(values, x.maxlen) if isinstance(x, deque) else type(saved)(values)
-    if isinstance(x, dict):
-        values = {key: thaw(value, x.get(key), f"{name}.{key}") for key, value in saved.items()}
-        x.clear(), x.update(values)
-        return x
-    if hasattr(x, "__dict__"):
-        mine = attributes(x)
-        for key in mine.keys() ^ saved.keys():
-            raise KeyError(f"{name}.{key} is known to {'this script' if key in mine else 'the checkpoint'} only")
-        for key, value in mine.items():
-            setattr(x, key, thaw(saved[key], value, f"{name}.{key}"))
-        return x
-    return {key: thaw(value) for key, value in saved.items()} if isinstance(saved, dict) else saved
-
-
-# FILES
+# FILES AND CHECKPOINTS
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Replace a file at one stroke: at any instant, killed or not, there is the whole old or the whole new one."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    """Replace a file atomically: whenever the process is killed, the old or the new file is there, and whole."""
+    temporary = path.with_name(f".{path.name}.tmp")  # one that a killed process leaves behind is removed by Run.lock
     try:
         path.parent.mkdir(exist_ok=True)
         with open(temporary, "wb") as file:
@@ -712,32 +835,69 @@ def write_file(path: Path, content: bytes) -> None:
         raise
 
 
-def write_checkpoint(path: Path, state: dict) -> None:
+def copy_to_host(x):
+    """A copy of nested dicts, lists and tuples, in which all tensors are in the host's memory."""
+    if isinstance(x, torch.Tensor):
+        return x.detach().to("cpu", copy=True)
+    if isinstance(x, dict):
+        return {key: copy_to_host(value) for key, value in x.items()}
+    if isinstance(x, (list, tuple)):
+        return type(x)(copy_to_host(value) for value in x)
+    return x
+
+
+def pack_checkpoint(state: dict) -> bytes:
+    """Exits with code 1 if the state holds more than tensors and plain Python values."""
     buffer = io.BytesIO()
-    torch.save(freeze(state, device="cpu"), buffer)
-    write_file(path, buffer.getvalue())
+    torch.save(state, buffer)
+    try:
+        torch.load(io.BytesIO(buffer.getvalue()), weights_only=True)
+    except pickle.UnpicklingError as error:
+        way_out = "TrainState.state_dict may hold tensors and plain Python values only"
+        fail(f"the state of the run can't be saved: {way_out} ({one_line(error)})")
+    return buffer.getvalue()
+
+
+def read_checkpoint(path: Path) -> bytes:
+    if path.is_dir():
+        fail(f"--checkpoint {path} is a folder; a checkpoint is a file such as final/model_*.pt in it")
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        fail(f"checkpoint {path} cannot be read: {error.strerror}")
 
 
 def load_checkpoint(path: Path) -> dict:
     """Read a checkpoint without running any code in it. Exits with code 1 if it is missing, damaged or foreign."""
-    types = {"args": dict, "versions": dict, "script": str, "script_sha256": str, "iteration": int}
-    types |= {"model_state_dict": dict}
+    content = read_checkpoint(path)
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        if state["format"] != 1 or any(not isinstance(state[name], wanted) for name, wanted in types.items()):
-            raise ValueError(f"it has format {state['format']}, or its {', '.join(types)} are of the wrong types")
-    except Exception as error:  # torch.load raises whatever it stumbles over
-        fail(f"checkpoint {path} is missing, damaged or none of these scripts ({one_line(error)})")
+        damaged_member = zipfile.ZipFile(io.BytesIO(content)).testzip()  # torch.load checks no checksums
+        if damaged_member is not None:
+            raise ValueError(f"the checksum of {damaged_member} is wrong")
+        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        if state["format"] != 1:
+            raise ValueError(f"its format is {state['format']}, not 1")
+    except Exception as error:  # zipfile and torch.load raise errors of many kinds
+        fail(f"checkpoint {path} is damaged, or not written by these scripts ({one_line(error)})")
     return state
 
 
-def describe_machine(device: torch.device) -> dict:
-    """What the last bits of a result depend on, beside source and versions."""
-    if device.type == "cuda":
-        return {"device": "cuda", "model": torch.cuda.get_device_name(device)}
-    names = [line.partition(": ")[2].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
-    model = f"{names[0] if names else platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
-    return {"device": "cpu", "model": model, "threads": torch.get_num_threads()}
+def get_random_state(device: torch.device) -> dict:
+    name, key, *more = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": (name, key.tolist(), *more),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+    }
+
+
+def set_random_state(state: dict, device: torch.device) -> None:
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    if device.type == "cuda" and state["cuda"] is not None:  # it is None if the run comes from a CPU
+        torch.cuda.set_rng_state(state["cuda"], device)
 
 
 def agent_sha256(source: bytes) -> str:
@@ -762,239 +922,393 @@ def agent_sha256(source: bytes) -> str:
 
 
 def describe_script() -> dict:
-    """Identity of this source, of its networks, and of the packages under it."""
+    """Identity of this source, of its network, and of the packages under it."""
     procgen = importlib.metadata.packages_distributions()["procgen"][0]  # procgen or procgen-mirror
-    versions = {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__}
-    versions["procgen"] = f"{procgen} {importlib.metadata.version(procgen)}"
-    hashes = {"script_sha256": hashlib.sha256(SOURCE).hexdigest(), "agent_sha256": agent_sha256(SOURCE)}
-    return {"script": SCRIPT, **hashes, "versions": versions}
-
-
-def differences(then: dict, now: dict) -> str:
-    """What differs between two dicts, in words."""
-    pairs = {name: (then.get(name, "absent"), now.get(name, "absent")) for name in then | now}
-    return ", ".join(f"{name} was {old}, is {new}" for name, (old, new) in pairs.items() if old != new)
-
-
-class RecordGames(gym.Wrapper):
-    """Keeps what the games were given and what they gave, with a checksum of the frames in place of the frames."""
-
-    def __init__(self, envs):
-        super().__init__(envs)
-        self.steps = []
-
-    def get_state(self):  # as if it were not there, so that a run may go on without it
-        return freeze(self.env)
-
-    def set_state(self, state):
-        thaw(state, self.env)
-
-    def step(self, actions):
-        checksum = zlib.crc32(self.unwrapped.games.observe()[1]["rgb"])
-        frames, rewards, terminated, *more = self.env.step(actions)
-        self.steps.append((actions.astype(np.uint8), rewards.copy(), terminated.copy(), np.uint32(checksum)))
-        return frames, rewards, terminated, *more
-
-    def take_steps(self) -> dict:
-        """The steps since the last call: actions, rewards, dones, each (T, num_envs), and checksums (T,)."""
-        columns, self.steps = zip(*self.steps), []
-        return dict(zip(("actions", "rewards", "dones", "checksums"), map(np.stack, columns)))
+    return {
+        "script": SCRIPT,
+        "script_sha256": hashlib.sha256(SOURCE).hexdigest(),
+        "agent_sha256": agent_sha256(SOURCE),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": str(torch.__version__),
+            "numpy": np.__version__,
+            "procgen": f"{procgen} {importlib.metadata.version(procgen)}",
+        },
+    }
 
 
 class Run:
-    """A run on disk: its lock, where it goes on, its checkpoints, curves and lines, and what ends it early.
+    """A run's folder: locked while it trains, resumed or begun, logged, checkpointed, saved by whatever ends it early.
 
     `with Run(...) as run:` goes around the loop. run.iteration is the number of iterations completed.
     """
 
-    def __init__(self, args: Args, state: dict, num_iterations: int, device: torch.device):
-        self.args, self.state, self.num_iterations, self.device = args, state, num_iterations, device
+    def __init__(self, args: Args, state: TrainState, num_iterations: int):
+        self.args = args
+        self.state = state
+        self.num_iterations = num_iterations
         self.batch_size = args.num_envs * args.num_steps
         self.folder = Path(args.model_saving_dir) / args.env_id / args.xpid
-        self.rolling, self.table = self.folder / "rolling" / "model.pt", self.folder / "progress.csv"
+        self.rolling_path = self.folder / "rolling" / "model.pt"
+        self.table_path = self.folder / "progress.csv"
         self.recording = self.folder / "rollouts"
-        self.iteration, self.rows = 0, []
-        self.rollout, self.recorded = [], []  # of the iteration under way; of those completed and not yet saved
+        self.machine = describe_machine(state.device)
         self.header = {"format": 1, "args": asdict(args), **describe_script(), "xpid": args.xpid}
+        self.iteration = 0
+        self.columns = []  # of progress.csv
+        self.unsaved_rollouts = []  # of the recording, one dict per completed iteration
+        self.steps_of_iteration = 0  # environment steps of the iteration that is not completed yet
+
+    # BEGINNING
 
     def __enter__(self):
-        """Lock the run, and decide here and only here whether it is new, goes on or is finished."""
-        if self.args.checkpoint is not None and not self.rolling.exists():
-            self.take_weights()  # before the rest, so that nothing has been written if it fails
+        """Lock the run, and decide here and only here whether it is new, resumed or finished."""
+        self.take_snapshot(test_return=None)
+        pack_checkpoint(self.snapshot)  # first, so that nothing has been written if the state can't be saved
+        if self.args.checkpoint is not None and not self.rolling_path.exists():
+            self.load_weights()
         self.lock()
-        resumed = None
-        if self.args.resume and self.rolling.exists():
-            resumed = load_checkpoint(self.rolling)
-            self.check_resumed(resumed)
-            self.go_on_from(resumed)
-        elif self.table.exists() or any(self.folder.glob("*/*.pt")):
-            way_out = f"put {self.rolling} back, which is missing," if self.args.resume else "continue it with --resume"
+        saved = None
+        if self.args.resume and self.rolling_path.exists():
+            saved = load_checkpoint(self.rolling_path)
+            self.check_arguments(saved)
+            self.resume(saved)
+        elif self.table_path.exists() or any(self.folder.glob("*/*.pt")):
+            way_out = f"put back {self.rolling_path}, which is missing," if self.args.resume else "add --resume"
             fail(f"{self.folder} holds a run already; {way_out} or choose another --xpid", 2)
         if self.args.save_dataset:
             self.open_recording()
         if self.args.track:
             self.track()
-        self.begin(resumed)
-        for stop_signal in STOP_SIGNALS:
-            signal.signal(stop_signal, lambda signum, _: signals_received.append(signum))
+        self.take_snapshot(saved["test_return"] if saved else None)
+        self.save()
+        self.write_missing_archive()
+        self.open_logs(saved)
+        handle_signals()
         return self
 
-    def take_weights(self) -> None:
-        """Begin with another run's weights and, if they are in the file, Adam's moments.
+    def load_weights(self) -> None:
+        """Start from another run's weights and, if they are in the file, Adam's moments.
 
         The learning rate and Adam's epsilon are those of the arguments.
         """
-        start, names = load_checkpoint(Path(self.args.checkpoint)), ["model_state_dict"]
-        settings = self.state["optimizer_state_dict"].state_dict()
-        if "optimizer_state_dict" in start:
-            start["optimizer_state_dict"]["param_groups"] = settings["param_groups"]
-            names.append("optimizer_state_dict")
-        else:
-            print(f"note: {self.args.checkpoint} holds weights only, so Adam begins afresh")
-        self.restore(start, names, self.args.checkpoint)
+        saved = load_checkpoint(Path(self.args.checkpoint))
+        with self.explain_misfit(self.args.checkpoint):
+            self.state.agent.load_state_dict(saved["model_state_dict"])
+            if "optimizer_state_dict" in saved:
+                settings = self.state.optimizer.state_dict()["param_groups"]
+                moments = saved["optimizer_state_dict"]["state"]
+                self.state.optimizer.load_state_dict({"state": moments, "param_groups": settings})
+            else:
+                print(f"note: {self.args.checkpoint} holds weights only, so Adam begins afresh")
 
-    def restore(self, saved: dict, names: list, path: str | Path) -> None:
+    @contextlib.contextmanager
+    def explain_misfit(self, path):
         try:
-            for name in names:
-                thaw(saved[name], self.state[name], name)
+            yield
         except Exception as error:  # depends on what is in the file
             fail(f"{path} does not fit this script: {one_line(error)}; put back one that does or begin another --xpid")
 
     def lock(self) -> None:
-        """Hold the run until this process ends, however it ends. On a cluster, whoever holds it may be about to end."""
+        """Lock the run for the lifetime of this process."""
+        on_cluster = "SLURM_JOB_ID" in os.environ  # where the previous holder may still be exiting
+        patience = LOCK_PATIENCE if on_cluster else 1  # sweep.py --action status holds it for a moment
         (self.folder / "checkpoint").mkdir(parents=True, exist_ok=True)
-        self.held, on_cluster = filelock.FileLock(self.folder / ".lock"), "SLURM_JOB_ID" in os.environ
-        patience = LOCK_PATIENCE if on_cluster else 1  # sweep.py may be asking whether the run is in use
+        self.file_lock = filelock.FileLock(self.folder / ".lock", fallback_to_soft=False)
         try:
-            self.held.acquire(timeout=patience)
+            self.file_lock.acquire(timeout=patience)
         except filelock.Timeout:
-            in_use = f"{self.folder} is in use by another process, {patience} s long"
+            in_use = f"{self.folder} has been in use by another process for {patience} s"
             fail(f"{in_use}; wait for it to end or choose another --xpid", EXIT_STOPPED if on_cluster else 1)
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP):
+                raise
+            way_out = "choose a --model-saving-dir on another one"
+            fail(f"{self.file_lock.lock_file} cannot be locked, as its file system does not support flock; {way_out}")
         for leftover in (*self.folder.glob(".*.tmp"), *self.folder.glob("*/.*.tmp")):  # of a write that was killed
             leftover.unlink(missing_ok=True)
 
-    def check_resumed(self, saved: dict) -> None:
-        """Exit with code 2 if this would compute something else than the run did; tell if only the last bits differ."""
+    def check_arguments(self, saved: dict) -> None:
+        """Exit with code 2 if this would compute something else than the run did; note if only the last bits differ."""
         if saved["script"] != SCRIPT:
             fail(f"{self.folder} is a run of {saved['script']}, not of {SCRIPT}; choose another --xpid", 2)
-        free = set(FREE_ARGUMENTS) & saved["args"].keys() & self.header["args"].keys()
+        may_change = set(FREE_ARGUMENTS)
         if getattr(self.args, "anneal_lr", False):  # the learning rate is annealed towards the end
-            free.discard("total_timesteps")
-        now = self.header["args"]
-        then = {key: x for key, x in now.items() if x in (False, None)} | saved["args"]  # a switch newer than the run
-        then, now = ({flag(key): x for key, x in y.items() if key not in free} for y in (then, now))
-        if changes := differences(then, now):
+            may_change.discard("total_timesteps")
+        before = {flag(name): value for name, value in saved["args"].items() if name not in may_change}
+        now = {flag(name): value for name, value in self.header["args"].items() if name not in may_change}
+        changes = describe_changes(before, now)
+        if changes:
             way_out = "repeat them or choose another --xpid"
             fail(f"--resume cannot change the arguments of {self.folder} ({changes}); {way_out}", 2)
 
-        machine = describe_machine(self.device)
-        was = saved.get("machine", machine)
-        if was["device"] == "cuda" and self.args.cuda and self.device.type == "cpu":
-            fail(f"{self.folder} was on a GPU ({was['model']}), and there is none; --no-cuda goes on without one", 2)
-        then = {"the source": saved["script_sha256"][:8], **saved["versions"], **was}
-        now = {"the source": self.header["script_sha256"][:8], **self.header["versions"], **machine}
-        if changes := differences(then, now):
-            print(f"note: from here on the run is not bit for bit what it would have been: {changes}")
+        machine = saved.get("machine", self.machine)
+        if machine["device"] == "cuda" and self.state.device.type == "cpu" and self.args.cuda:
+            was = f"was on a GPU ({machine['model']}), and there is none"
+            fail(f"{self.folder} {was}; --no-cuda continues without one", 2)
+        before = {"the source": saved["script_sha256"][:8], **saved["versions"], **machine}
+        now = {"the source": self.header["script_sha256"][:8], **self.header["versions"], **self.machine}
+        changes = describe_changes(before, now)
+        if changes:
+            print(f"note: from here on the run may differ in the last bits from what it would have been: {changes}")
 
-    def go_on_from(self, saved: dict) -> None:
-        """Restore the state, and cut off what a process that was killed has written beyond it."""
+    def resume(self, saved: dict) -> None:
+        """Restore the state, and cut off what a killed process logged beyond it."""
         self.iteration = saved["iteration"]
         finals = self.find_evaluated("final", "model_")
         if self.iteration >= self.num_iterations and finals:
             print(f"{self.folder} is finished after iteration {self.iteration}; to train on, raise --total-timesteps")
             sys.exit(0)
-        self.restore(saved, list(self.state), self.rolling)
+        with self.explain_misfit(self.rolling_path):
+            self.state.load_state_dict(saved)
         for path in finals:  # a longer run has another end
             path.replace(self.folder / "checkpoint" / path.name.replace("_", f"_{self.iteration}_"))
-        if self.table.exists():
-            with open(self.table, newline="", errors="replace") as file:
-                rows = [row for row in csv.DictReader(file) if str(row.get("iteration")).isdecimal()]
-            self.rows = [row for row in rows if int(row["iteration"]) <= self.iteration]
-            self.write_table()
+        if self.table_path.exists():
+            rows = self.read_table()
+            self.write_table([row for row in rows if int(row["iteration"]) <= self.iteration])
 
-    def begin(self, resumed: dict | None) -> None:
-        """Write what a run has from its start, and open its curves."""
-        self.keep(resumed["test_return"] if resumed else None)
-        self.save()
-        if resumed and resumed["script_sha256"] != self.header["script_sha256"]:
-            write_file(self.folder / f"{Path(SCRIPT).stem}_after_{self.iteration}.py", SOURCE)
-        elif not (self.folder / SCRIPT).exists():
-            write_file(self.folder / SCRIPT, SOURCE)
-        step, total = self.iteration * self.batch_size, self.num_iterations * self.batch_size
-        # TensorBoard writes in a thread of its own, whose errors come up here as well, at the next flush.
-        hook = threading.excepthook
-        threading.excepthook = lambda error: None if issubclass(error.exc_type, OSError) else hook(error)
-        # What a process that was killed has logged beyond the step that is resumed, TensorBoard is told to drop.
-        self.writer = SummaryWriter(self.folder, purge_step=step + 1 if resumed else 0)
-        if not resumed:
-            table = "\n".join(f"|{name}|{value}|" for name, value in asdict(self.args).items())
-            self.writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
-        self.writer.flush()
-        size = sum(p.numel() for p in self.state["model_state_dict"].parameters())
-        print("device      ", ", ".join(f"{name} {value}" for name, value in describe_machine(self.device).items()))
-        print(f"run folder   {self.folder}" + (f", resumed after iteration {self.iteration}" if resumed else ""))
-        print(f"steps        {total:,} ({self.num_iterations} iterations of {self.batch_size:,})")
-        print(f"parameters   {size:,}", flush=True)
-        bar = {"total": total, "initial": step, "unit": " steps", "unit_scale": True, "smoothing": 0}
-        self.bar = tqdm(**bar, disable=None)  # on a terminal only
-        self.start_time, self.start_step = time.time(), step
+    def write_missing_archive(self) -> None:
+        """Write the archived checkpoint of this iteration if a full disk has prevented that."""
+        test_return = self.snapshot["test_return"]
+        prefix = f"model_{self.iteration}_"
+        if test_return is not None and self.archives(self.iteration) and not self.find_evaluated("checkpoint", prefix):
+            self.write_evaluated("checkpoint", prefix, test_return)
 
     def track(self) -> None:
         """Open Weights & Biases: one run there for each game and xpid."""
         import wandb
 
         name = f"{self.args.env_id}/{self.args.xpid}"
-        run = {"id": hashlib.sha256(name.encode()).hexdigest()[:16], "name": self.args.xpid, "group": self.args.env_id}
-        run |= {"project": self.args.wandb_project_name, "entity": self.args.wandb_entity, "config": asdict(self.args)}
         try:
-            wandb.init(**run, resume="allow", sync_tensorboard=True, save_code=True)
+            wandb.init(
+                id=hashlib.sha256(name.encode()).hexdigest()[:16],
+                name=self.args.xpid,
+                group=self.args.env_id,
+                project=self.args.wandb_project_name,
+                entity=self.args.wandb_entity,
+                config=asdict(self.args),
+                resume="allow",
+                sync_tensorboard=True,
+                save_code=True,
+            )
         except wandb.Error as error:
             fail(f"--track failed: {one_line(error)}")
+
+    def open_logs(self, saved: dict | None) -> None:
+        """Copy the source, open TensorBoard and the progress bar, and say what begins."""
+        if saved and saved["script_sha256"] != self.header["script_sha256"]:
+            write_file(self.folder / f"{Path(SCRIPT).stem}_after_{self.iteration}.py", SOURCE)
+        elif not (self.folder / SCRIPT).exists():
+            write_file(self.folder / SCRIPT, SOURCE)
+        step = self.iteration * self.batch_size
+        total_steps = self.num_iterations * self.batch_size
+        # What a killed process logged beyond the resumed step, TensorBoard is told to drop.
+        self.writer = SummaryWriter(self.folder, purge_step=step + 1 if saved else 0)
+        if not saved:
+            table = "\n".join(f"|{name}|{value}|" for name, value in asdict(self.args).items())
+            self.writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
+        self.writer.flush()
+        machine = [f"{name} {value}" for name, value in self.machine.items() if name != "device"]
+        print(f"device       {self.machine['device']} ({', '.join(machine)})")
+        print(f"run folder   {self.folder}" + (f", resumed after iteration {self.iteration}" if saved else ""))
+        print(f"steps        {total_steps:,} ({self.num_iterations} iterations of {self.batch_size:,})")
+        print(f"parameters   {sum(p.numel() for p in self.state.agent.parameters()):,}", flush=True)
+        # On a terminal only. The speed and the time left, of whole iterations, stand in the postfix.
+        bar_format = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} steps{postfix}"
+        self.bar = tqdm(total=total_steps, initial=step, unit_scale=True, bar_format=bar_format, disable=None)
+        self.first_step = step
+        self.start_time = time.monotonic()  # moved on by evaluations, which have no part in the speed
+        self.describe("rollout")
+
+    # ITERATIONS
+
+    def describe(self, phase: str) -> None:
+        self.bar.set_description(phase)
+
+    def count_steps(self, number: int) -> None:
+        self.steps_of_iteration += number
+        self.bar.update(number)
+
+    @contextlib.contextmanager
+    def evaluation(self):
+        """An evaluation goes on inside, whose time has no part in the speed."""
+        self.describe("evaluation")
+        start = time.monotonic()
+        yield
+        self.start_time += time.monotonic() - start
 
     def archives(self, iteration: int) -> bool:
         """Whether an iteration is archived; some early ones are, too, as half of all that is learnt is learnt early."""
         return iteration % self.args.archive_interval == 0 or iteration in (1, 2, 4, 8, 16, 32)
 
-    def record(self, steps: dict, logprobs: torch.Tensor) -> None:
-        """Keep a rollout for the recording: take_steps()' and the log-probabilities, (num_steps, num_envs)."""
-        if len(steps["actions"]) != len(logprobs):
-            raise ValueError("the games took other steps than the policy: --save-dataset does not fit this wrapper")
-        self.rollout = [{**steps, "log_probs": logprobs.cpu().numpy().copy()}]
-
-    def end_iteration(self, metrics: dict) -> None:
-        """Log an iteration and keep its state in memory; archive and save it when it is time to."""
+    def end_iteration(self, metrics: dict, logprobs: torch.Tensor) -> None:
+        """Log an iteration and snapshot its state; archive and save it when it is time to."""
         self.iteration += 1
         step = self.iteration * self.batch_size
-        speed = (step - self.start_step) / (time.time() - self.start_time)
-        self.rows.append({"iteration": self.iteration, "global_step": step, "charts/SPS": speed, **metrics})
-        for tag, value in {"charts/SPS": speed, **metrics}.items():
+        speed = (step - self.first_step) / (time.monotonic() - self.start_time)
+        metrics = {"charts/SPS": speed, **metrics}
+        for tag, value in metrics.items():
             if not math.isnan(value):
                 self.writer.add_scalar(tag, value, step)
         self.writer.flush()
-        self.write_table()
+        self.append_to_table({"iteration": self.iteration, "global_step": step, **metrics})
         test_return = metrics["charts/test_return"]
-        self.keep(None if math.isnan(test_return) else test_return)
-        self.recorded += self.rollout
+        self.take_snapshot(None if math.isnan(test_return) else test_return)
+        self.steps_of_iteration = 0
+        if self.args.save_dataset:
+            self.unsaved_rollouts.append(self.state.envs.take_rows(logprobs))
         if self.archives(self.iteration):
             self.write_evaluated("checkpoint", f"model_{self.iteration}_", test_return)
-        latest = self.state["carry"].latest_test_return
-        returns = f"train return {metrics['charts/episodic_return']:.2f}, test return {latest:.2f}"
-        self.bar.set_postfix_str(returns)
+
+        time_left = tqdm.format_interval((self.num_iterations - self.iteration) * self.batch_size / speed)
+        returns = f"train return {metrics['charts/episodic_return']:.2f}, test return {self.state.test_return:.2f}"
+        self.bar.set_postfix_str(f"{speed:.0f} steps/s, {time_left} left, {returns}")
+        self.describe("rollout")
         if self.iteration % self.args.log_interval == 0 or self.iteration == self.num_iterations:
             self.save()
-            left = tqdm.format_interval((self.num_iterations - self.iteration) * self.batch_size / speed)
-            done = f"iteration {self.iteration}/{self.num_iterations}, {step:,} steps, {speed:.0f} steps/s"
-            self.bar.write(f"{done}, {left} left, {returns}")
+            progress = f"iteration {self.iteration}/{self.num_iterations}, {step:,} steps, {speed:.0f} steps/s"
+            self.bar.write(f"{progress}, {time_left} left, {returns}")
             sys.stdout.flush()
 
-    def finish(self, test_return: float) -> None:
+    # PROGRESS.CSV
+
+    def read_table(self) -> list:
+        """The rows of progress.csv. If it can't be read, as after an edit, it gets another name and there are none."""
+        content = self.table_path.read_bytes()
+        complete_lines = content[: content.rfind(b"\n") + 1]  # a kill or a full disk may have cut the last one
+        try:
+            rows = list(csv.DictReader(io.StringIO(complete_lines.decode())))
+            for row in rows:
+                int(row["iteration"])
+        except (ValueError, KeyError, TypeError, csv.Error):
+            path = self.table_path.with_name(f"progress_unreadable_{self.iteration}.csv")
+            self.table_path.replace(path)
+            print(f"note: {self.table_path} is not as this script wrote it; it is now {path}, and a new one begins")
+            return []
+        return rows
+
+    def write_table(self, rows: list) -> None:
+        """Write progress.csv anew. A column that some rows lack, as the source has changed, is nan there."""
+        self.columns = list(dict.fromkeys(name for row in rows for name in row))
+        text = io.StringIO()
+        writer = csv.DictWriter(text, self.columns, restval="nan", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        write_file(self.table_path, text.getvalue().encode())
+
+    def append_to_table(self, row: dict) -> None:
+        if not set(row) <= set(self.columns):
+            rows = self.read_table() if self.table_path.exists() else []
+            self.write_table([*rows, row])
+            return
+        try:
+            with open(self.table_path, "a", newline="") as file:
+                csv.DictWriter(file, self.columns, restval="nan", lineterminator="\n").writerow(row)
+        except OSError as error:
+            error.filename = self.table_path
+            raise
+
+    # SAVING
+
+    def take_snapshot(self, test_return: float | None) -> None:
+        """Copy the state of a completed iteration to the host: what save() writes, now or when something ends the run.
+
+        After a GPU error that stays, the state on the GPU can't be read any more.
+        """
+        self.snapshot = {
+            **self.header,
+            "iteration": self.iteration,
+            "global_step": self.iteration * self.batch_size,
+            "test_return": test_return,
+            "machine": self.machine,
+            **copy_to_host(self.state.state_dict()),
+        }
+
+    def save(self) -> None:
+        """Write the latest snapshot, and before it the recording up to there."""
+        if self.unsaved_rollouts:
+            chunk = {}
+            for name in self.unsaved_rollouts[0]:
+                chunk[name] = np.concatenate([rollout[name] for rollout in self.unsaved_rollouts])
+            first_step = self.snapshot["iteration"] * self.args.num_steps - len(chunk["actions"])
+            buffer = io.BytesIO()
+            np.savez_compressed(buffer, **chunk)
+            write_file(self.recording / f"0_{first_step:08d}.npz", buffer.getvalue())
+            self.unsaved_rollouts = []
+        write_file(self.rolling_path, pack_checkpoint(self.snapshot))
+
+    def find_evaluated(self, folder: str, prefix: str) -> list:
+        """Checkpoints {prefix}{test return}.pt; any other file in the folder is the user's."""
+        return list(self.folder.glob(f"{folder}/{prefix}*[0-9].[0-9][0-9].pt"))
+
+    def write_evaluated(self, folder: str, prefix: str, test_return: float) -> Path:
+        """Write {prefix}{test return}.pt, then remove the one it replaces, whose name may have another return."""
+        content = {name: self.snapshot[name] for name in (*self.header, "iteration", "global_step")}
+        content["test_return"] = test_return
+        content["model_state_dict"] = self.snapshot["model_state_dict"]
+        content["optimizer_state_dict"] = self.snapshot["optimizer_state_dict"]
+        path = self.folder / folder / f"{prefix}{round(test_return, 2) + 0.0:.2f}.pt"  # + 0.0 turns -0.0 into 0.0
+        write_file(path, pack_checkpoint(content))
+        for other in self.find_evaluated(folder, prefix):
+            if other != path:
+                other.unlink()
+        return path
+
+    # RECORDING
+
+    def chunks_of_recording(self):
+        """Yield (first step, arrays) of every file of the recording in order. Exits with code 1 at a damaged one."""
+        for path in sorted(self.recording.glob("0_*.npz")):
+            try:
+                with np.load(path, allow_pickle=False) as file:
+                    yield int(path.stem[2:]), dict(file)
+            except (OSError, ValueError, EOFError, KeyError, zlib.error, zipfile.BadZipFile) as error:
+                fail(f"{path} is damaged ({one_line(error)}); put it back, or continue with --no-save-dataset")
+
+    def open_recording(self) -> None:
+        """Drop what was recorded beyond the resumed iteration. Exits with code 2 if there is a gap before it."""
+        end = self.iteration * self.args.num_steps
+        for path in self.recording.glob("0_*.npz"):
+            if int(path.stem[2:]) >= end:
+                path.unlink()
+        recorded = 0
+        for first_step, chunk in self.chunks_of_recording():
+            if first_step != recorded:
+                break
+            recorded += len(chunk["actions"])
+        if recorded != end:
+            lacks = f"{self.recording} lacks steps from {recorded} on"
+            fail(f"{lacks}, before iteration {self.iteration + 1}; --no-save-dataset continues without it", 2)
+        self.describe_recording(complete=False)
+
+    def describe_recording(self, complete: bool) -> None:
+        """Write its metadata.json: that of a dataset without frames, which collect_procgen.py --render draws."""
+        segment = {"seed": self.args.seed, "num_envs": self.args.num_envs}
+        metadata = {"format": 2, "args": self.header["args"]}
+        for name in ("env_id", "distribution_mode", "num_levels", "start_level"):
+            metadata[name] = getattr(self.args, name)
+        for name in ("xpid", "script", "script_sha256", "versions"):
+            metadata[name] = self.header[name]
+        if complete:
+            segment["rows"] = self.iteration * self.args.num_steps
+            log_probs = hashlib.sha256()
+            for _, chunk in self.chunks_of_recording():
+                log_probs.update(chunk["log_probs"].tobytes())
+            metadata["log_probs_sha256"] = log_probs.hexdigest()
+        metadata["segments"] = [segment]
+        metadata["complete"] = complete
+        write_file(self.recording / "metadata.json", json.dumps(metadata, indent=2).encode())
+
+    # ENDING
+
+    def finish(self, test: dict) -> None:
+        test_return = float(test["returns"].mean())
         if self.args.save_dataset:  # first, as with its final checkpoint a run is finished
             self.describe_recording(complete=True)
         path = self.write_evaluated("final", "model_", test_return)
-        ignore_signals()
         self.bar.close()
         self.writer.close()
-        self.held.release()
+        self.file_lock.release()
         print(f"done: {path}, mean return {test_return:.2f} in {self.args.num_eval_episodes} test episodes")
 
     def __exit__(self, kind, error, _):
@@ -1003,93 +1317,34 @@ class Run:
             return
         self.bar.close()
         if kind is not Stopped:
-            with contextlib.suppress(OSError):  # the error that is under way comes first
+            with contextlib.suppress(OSError):  # the error that ended the run is the one to report
                 self.save()
             return
         self.save()
-        saved = f"saved after iteration {self.iteration}; the same command with --resume continues"
-        print(f"stopped by {error}, {saved}", flush=True)
-        ignore_signals()
+        lost = f"{self.steps_of_iteration:,} of {self.batch_size:,} steps"
+        if self.iteration == 0:
+            print(f"stopped by {error}; nothing to save yet: the first iteration had made {lost}", flush=True)
+        else:
+            saved = f"saved after iteration {self.iteration}; the same command with --resume continues"
+            print(f"stopped by {error}, {saved}", flush=True)
         sys.exit(EXIT_STOPPED)
-
-    def keep(self, test_return: float | None) -> None:
-        """Copy the state of a completed iteration: what save() writes, now or when something ends the run."""
-        counts = {"iteration": self.iteration, "global_step": self.iteration * self.batch_size}
-        self.header |= {**counts, "test_return": test_return}
-        self.snapshot = {**self.header, "machine": describe_machine(self.device), **freeze(self.state)}
-
-    def save(self) -> None:
-        if self.recorded:
-            chunk = {name: np.concatenate([part[name] for part in self.recorded]) for name in self.recorded[0]}
-            first_step = self.snapshot["iteration"] * self.args.num_steps - len(chunk["actions"])
-            buffer = io.BytesIO()
-            np.savez_compressed(buffer, **chunk)
-            write_file(self.recording / f"0_0_{first_step:08d}.npz", buffer.getvalue())
-            self.recorded = []
-        write_checkpoint(self.rolling, self.snapshot)
-
-    def write_table(self) -> None:
-        columns = dict.fromkeys(name for row in self.rows for name in row)  # a changed source may have others
-        text = io.StringIO()
-        writer = csv.DictWriter(text, columns, restval="nan", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(self.rows)
-        write_file(self.table, text.getvalue().encode())
-
-    def find_evaluated(self, folder: str, prefix: str) -> list:
-        """Checkpoints {prefix}{test return}.pt; whatever else is in the folder is the user's."""
-        name = re.compile(prefix + r"-?\d+\.\d\d\.pt")
-        return [path for path in self.folder.glob(f"{folder}/*") if name.fullmatch(path.name)]
-
-    def write_evaluated(self, folder: str, prefix: str, test_return: float) -> Path:
-        """Write {prefix}{test return}.pt, then remove the one it replaces, whose name may have another return."""
-        keys = (*self.header, "model_state_dict", "optimizer_state_dict")
-        path = self.folder / folder / f"{prefix}{round(test_return, 2) + 0.0:.2f}.pt"  # + 0.0 turns -0.0 into 0.0
-        write_checkpoint(path, {**{key: self.snapshot[key] for key in keys}, "test_return": test_return})
-        for other in set(self.find_evaluated(folder, prefix)) - {path}:
-            other.unlink()
-        return path
-
-    def open_recording(self) -> None:
-        """Drop what was recorded beyond the resumed iteration. Exits with code 2 if there is a gap before it."""
-        recorded = 0
-        for path in sorted(self.recording.glob("0_0_*.npz")):
-            first_step = int(path.stem[4:])
-            if first_step >= self.iteration * self.args.num_steps:
-                path.unlink()
-            else:
-                with np.load(path) as chunk:
-                    recorded = first_step + len(chunk["checksums"])
-        if recorded != self.iteration * self.args.num_steps:
-            fail(f"{self.recording} lacks steps before iteration {self.iteration + 1}; --no-save-dataset goes on", 2)
-        self.describe_recording(complete=False)
-
-    def describe_recording(self, complete: bool) -> None:
-        levels = ("env_id", "distribution_mode", "num_levels", "start_level")
-        streams = [{"seed": self.args.seed, "num_envs": self.args.num_envs}]
-        metadata = {"format": 1, "kind": "recording", **{name: getattr(self.args, name) for name in levels}}
-        metadata |= {key: self.header[key] for key in ("args", "xpid", "script", "script_sha256", "versions")}
-        metadata |= {"segments": [{"streams": streams}], "complete": complete}
-        write_file(self.recording / "metadata.json", json.dumps(metadata, indent=2).encode())
 
 
 def main() -> None:
-    args = tyro.cli(Args, description=__doc__)
-    args.xpid = default_xpid(args) if args.xpid is None else args.xpid
-    check_args(args)
-    keep_large_blocks()
+    args = parse_args()
     try:
         train(args)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        fail("whoever read the output has gone; the same command with --resume continues")
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's last flush fails as well
+        fail("the reader of the output has exited; the same command with --resume continues")
     except OSError as error:
-        if ".so" in str(error):  # Procgen loads shared libraries when its games are made
+        if ".so" in str(error):  # Procgen loads shared libraries when its environments are made
             packages = "libgl1 and libglib2.0-0 (libglib2.0-0t64 on newer systems)"
             fail(f"Procgen misses a library of the system ({error}); on Debian or Ubuntu install {packages}")
         fail(f"{error.filename or args.model_saving_dir} could not be used: {error.strerror or error}")
     except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not re.search("(out of|enough|allocate) memory", str(error)):
+        lack_of_memory = ("out of memory", "not enough memory", "allocate memory")
+        if isinstance(error, RuntimeError) and not any(words in str(error) for words in lack_of_memory):
             raise
         fail(f"there is not enough memory ({one_line(error)}); lower --num-envs, --num-steps or --hidden-size")
 

@@ -11,7 +11,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -35,7 +34,7 @@ def run_main(module, arguments, folder):
     """Run a script's main() in folder with these arguments, in this process; return it like a finished one."""
     stdout, stderr, code = io.StringIO(), io.StringIO(), 0
     handlers = {signum: signal.getsignal(signum) for signum in ppo_procgen.STOP_SIGNALS}
-    folder_before, argv_before, hook_before = Path.cwd(), sys.argv, threading.excepthook
+    folder_before, argv_before = Path.cwd(), sys.argv
     os.chdir(folder)
     sys.argv = [module.__name__ + ".py", *arguments]
     try:
@@ -45,7 +44,8 @@ def run_main(module, arguments, folder):
         code = exit.code
     finally:
         os.chdir(folder_before)
-        sys.argv, threading.excepthook = argv_before, hook_before
+        sys.argv = argv_before
+        ppo_procgen.signals_received.clear()
         for signum, handler in handlers.items():
             signal.signal(signum, handler)
     return subprocess.CompletedProcess(arguments, code, stdout.getvalue(), stderr.getvalue())
