@@ -4,13 +4,14 @@
     python tests/check_resume.py my_procgen.py --env-id miner --my-coef 0.1  # with arguments of yours
 
 Runs the script once undisturbed, then again and again with SIGTERM or SIGKILL in the middle of something (a rollout, an
-update, a write) followed by --resume, and compares everything in the run folders: weights, optimizer, games, random
-generators, progress.csv, the recording. Prints what differs. Exit codes: 0 nothing differs, 1 something does.
+update, a write) followed by --resume, and compares everything in the run folders: weights, optimizer, environments,
+random generators, progress.csv, the recording. Prints what differs. Exit codes: 0 nothing differs, 1 something does.
 """
 
 import csv
 import json
 import multiprocessing
+import multiprocessing.connection
 import os
 import re
 import runpy
@@ -38,13 +39,15 @@ os.environ["PYTHONPATH"] = os.pathsep.join(paths)  # where that process finds th
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["check_resume", "torch._dynamo", "torch.utils.tensorboard", "tyro", "filelock"])
 procgen.ProcgenGym3Env(1, "coinrun", num_threads=0)
+# Starting a process also collects the exit codes of those that have ended, which other threads may be waiting for.
+STARTING = threading.Lock()
 
 # Six iterations of 32 steps: saved after 2, 4 and 6, archived after 1, 2, 3, 4 and 6. Episodes of bossfight are short.
 SIZES = {"num-envs": 4, "num-steps": 8, "num-minibatches": 2, "total-timesteps": 192, "update-epochs": 1}
 SIZES |= {"log-interval": 2, "archive-interval": 3, "num-eval-episodes": 2, "env-id": "bossfight"}
 # What is counted, and when a process is stopped: at this share of all calls of the undisturbed run.
 MOMENTS = (
-    ("act", 0.15, signal.SIGKILL),  # a step of the games
+    ("act", 0.15, signal.SIGKILL),  # a step of the environments
     ("act", 0.7, signal.SIGTERM),
     ("backward", 0.4, signal.SIGKILL),
     ("backward", 0.95, signal.SIGTERM),
@@ -98,8 +101,11 @@ def launch(words: list, folder: Path, what="", fatal_call=0, signum=0) -> Simple
     folder.mkdir(exist_ok=True)
     with tempfile.NamedTemporaryFile("r", errors="replace") as output:
         process = PROCESSES.Process(target=run_and_count, args=(words, folder, output.name, what, fatal_call, signum))
-        process.start()
-        process.join()
+        with STARTING:
+            process.start()
+        multiprocessing.connection.wait([process.sentinel])
+        with STARTING:
+            process.join()
         return SimpleNamespace(code=process.exitcode, printed=output.read())
 
 
@@ -160,6 +166,14 @@ def read_run(folder: Path) -> dict:
     return content
 
 
+def place_of_difference(line: str) -> tuple:
+    """Sorts failures first, then the earliest row of progress.csv that differs, then the rest by name."""
+    if not line.startswith("differs: "):
+        return 0, 0, line
+    row = re.match(r"differs: progress\.csv\[(\d+)\]", line)
+    return (1, int(row[1]), line) if row else (2, 0, line)
+
+
 def main() -> int:
     if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
         sys.exit(__doc__)
@@ -167,7 +181,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         counts = run_undisturbed(script, arguments, Path(folder, "undisturbed"))
         expected = read_run(Path(folder, "undisturbed"))
-        print(f"undisturbed: {counts['act']} steps of the games, {counts['backward']} backward passes", flush=True)
+        print(f"undisturbed: {counts['act']} environment steps, {counts['backward']} backward passes", flush=True)
 
         def check(moment):
             where = Path(folder, str(MOMENTS.index(moment)))
@@ -176,15 +190,26 @@ def main() -> int:
 
         with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
             results = pool.map(check, MOMENTS)
+        everything = set()
         for moment, wrong in zip(MOMENTS, results):
             failed += bool(wrong)
+            everything.update(wrong)
             print(
                 f"{moment[2].name} at {moment[1]:.0%} of {moment[0]}: {'FAILED' if wrong else 'the same'}", flush=True
             )
-            for line in wrong[:10] + ([f"and {len(wrong) - 10} more"] if len(wrong) > 10 else []):
-                print(f"    {line}", flush=True)
-    print(f"{failed} of {len(MOMENTS)} continuations differ" if failed else "every continuation is exact")
-    return 1 if failed else 0
+    if not failed:
+        print("every continuation is exact")
+        return 0
+    print(f"{failed} of {len(MOMENTS)} continuations differ:")
+    lines = sorted(everything, key=place_of_difference)
+    for line in lines[:20]:
+        print(f"    {line}")
+    if len(lines) > 20:
+        print(f"    and {len(lines) - 20} more")
+    print(
+        "The usual cause is state that is not in TrainState, or is used through a local variable instead of state.name."
+    )
+    return 1
 
 
 if __name__ == "__main__":

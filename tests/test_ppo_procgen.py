@@ -759,7 +759,7 @@ def test_every_argument_with_a_part_in_the_result_stands_in_the_name():
 
 
 def test_a_checkpoint_stands_in_the_name_by_its_file_name_and_its_content(tmp_path):
-    path = tmp_path / ("a b" * 100) / "c d.pt"
+    path = tmp_path / ("a b" * 60) / "c d.pt"
     path.parent.mkdir()
     path.write_bytes(b"content")
     content_hash = hashlib.sha256(b"content").hexdigest()[:8]
@@ -849,6 +849,13 @@ def test_a_recording_cannot_begin_in_the_middle(tmp_path):
     "arguments, message",
     [
         ("--env-id pong", "--env-id is 'pong'; it must be one of bigfish, bossfight, caveflyer"),
+        ("--lr 0.1", "--lr is gen_dgrl's name of an argument; here it is --learning-rate"),
+        ("--num_processes=4", "--num-processes is gen_dgrl's name of an argument; here it is --num-envs"),
+        ("--checkpoint a.pt b.pt c.pt --seed 1", "--checkpoint takes one file; yours matched 3: a.pt b.pt c.pt"),
+        (
+            "--num-envs 1 --num-steps 1 --num-minibatches 1 --total-timesteps 5",
+            "--num-steps is 1; it must be more than 1 with one environment",
+        ),
         (
             "--distribution-mode memory",
             "--distribution-mode is 'memory'; it must be one of easy, hard for bossfight",
@@ -888,6 +895,19 @@ def test_a_bad_argument_is_one_line_before_anything_is_written(arguments, messag
     assert process.returncode == 2
     assert_one_line(process.stderr, message)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("words", [["--total-timesteps", "2.5e6"], ["--total_timesteps=25e5"]])
+def test_the_total_may_be_written_with_an_exponent(words, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["ppo_procgen.py", *words, "--xpid", "1e6"])
+    args = ppo_procgen.parse_args()
+    assert args.total_timesteps == 2_500_000 and args.xpid == "1e6"
+
+
+def test_a_folder_is_no_checkpoint(tmp_path):
+    process = runs.train(tmp_path, "--checkpoint", ".")
+    assert process.returncode == 1
+    assert_one_line(process.stderr, "--checkpoint . is a folder", "final/model_*.pt")
 
 
 def test_an_unknown_flag_exits_2(tmp_path):

@@ -1,12 +1,17 @@
 """A run of ppo_procgen.py goes on where it was stopped: after signals, kills and errors, longer, elsewhere, forked."""
 
+import csv
 import errno
+import fcntl
 import math
 import os
 import shutil
 import signal
 import subprocess
+import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -323,3 +328,216 @@ def test_an_annealed_run_that_was_killed_ends_like_one_that_was_not(tmp_path):
     counts = run_undisturbed(script, arguments, tmp_path / "undisturbed")
     assert run_disturbed(script, arguments, tmp_path / "killed", counts, moment) == []
     assert differences(read_run(tmp_path / "killed"), read_run(tmp_path / "undisturbed")) == []
+
+
+# WHAT IS DAMAGED, MISSING OR FOREIGN
+
+
+def test_an_archive_that_a_full_disk_prevented_is_written_on_resume(uninterrupted, tmp_path, monkeypatch):
+    write_file = ppo_procgen.write_file
+
+    def full(path, content):
+        if path.name.startswith("model_3_"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        write_file(path, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ppo_procgen, "write_file", full)
+        assert runs.train(tmp_path).returncode == 1
+    assert runs.load(runs.run_dir(tmp_path) / "rolling" / "model.pt")["iteration"] == 3
+    assert not list(runs.run_dir(tmp_path).glob("checkpoint/model_3_*"))
+    assert runs.train(tmp_path, "--resume").returncode == 0
+    runs.assert_same_run(tmp_path, uninterrupted)
+
+
+def flip_a_bit(path, where=0.5):
+    content = bytearray(path.read_bytes())
+    content[int(where * len(content))] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("where", [0.2, 0.5, 0.8])
+def test_a_flipped_bit_in_a_checkpoint_is_noticed(where, uninterrupted, tmp_path):
+    shutil.copytree(uninterrupted, tmp_path / "run")
+    rolling = runs.run_dir(tmp_path / "run") / "rolling" / "model.pt"
+    flip_a_bit(rolling, where)
+    process = runs.train(tmp_path / "run", "--resume", "--total-timesteps", "448")
+    assert process.returncode == 1
+    assert_one_line(process.stderr, "rolling/model.pt is damaged")
+    process = runs.train(tmp_path, "--checkpoint", str(rolling))
+    assert process.returncode == 1
+    assert_one_line(process.stderr, "rolling/model.pt is damaged")
+
+
+@pytest.mark.parametrize("damage", ["first chunk removed", "truncated", "flipped bit"])
+def test_a_damaged_recording_is_one_line(damage, dodgeball, tmp_path):
+    shutil.copytree(dodgeball, tmp_path / "run")
+    (run,) = (tmp_path / "run").glob("models/dodgeball/*")
+    (chunk,) = run.glob("rollouts/*.npz")
+    if damage == "first chunk removed":
+        chunk.unlink()
+        expected = 2, "rollouts lacks steps from 0 on, before iteration 3"
+    elif damage == "truncated":
+        chunk.write_bytes(chunk.read_bytes()[:1000])
+        expected = 1, f"{chunk.name} is damaged"
+    else:
+        flip_a_bit(chunk, 0.1)
+        expected = 1, f"{chunk.name} is damaged"
+    longer = [*runs.DODGEBALL, "--resume", "--total-timesteps", "480"]
+    process = run_main(ppo_procgen, longer, tmp_path / "run")
+    assert process.returncode == expected[0]
+    assert_one_line(process.stderr, expected[1], "--no-save-dataset")
+    assert run_main(ppo_procgen, [*longer, "--no-save-dataset"], tmp_path / "run").returncode == 0
+
+
+@pytest.mark.parametrize("edit", ["semicolons", "another header", "a long field", "not a number"])
+def test_a_table_that_cannot_be_read_is_set_aside(edit, uninterrupted, tmp_path):
+    shutil.copytree(uninterrupted, tmp_path / "run")
+    table = runs.run_dir(tmp_path / "run") / "progress.csv"
+    text = table.read_text()
+    if edit == "semicolons":
+        text = text.replace(",", ";")
+    elif edit == "another header":
+        text = text.replace("iteration", "Iteration", 1)
+    elif edit == "a long field":
+        text = text.replace("\n", ",notes\n", 1) + "6," + "x" * 200_000 + "\n"
+    else:
+        text = text.replace("\n3,", "\nthree,")
+    table.write_text(text)
+    process = runs.train(tmp_path / "run", "--resume", "--total-timesteps", "448")
+    assert process.returncode == 0, process.stderr
+    assert "note: " in process.stdout and "progress_unreadable_6.csv" in process.stdout
+    assert table.with_name("progress_unreadable_6.csv").read_text() == text
+    assert [row["iteration"] for row in runs.progress(tmp_path / "run")] == ["7"]
+
+
+def test_a_last_row_that_a_kill_has_cut_is_dropped(uninterrupted, tmp_path):
+    shutil.copytree(uninterrupted, tmp_path / "run")
+    table = runs.run_dir(tmp_path / "run") / "progress.csv"
+    table.write_text(table.read_text() + "7,448,12")
+    process = runs.train(tmp_path / "run", "--resume", "--total-timesteps", "448")
+    assert process.returncode == 0 and "note" not in process.stdout, process.stdout + process.stderr
+    assert [row["iteration"] for row in runs.progress(tmp_path / "run")] == list("1234567")
+
+
+def test_progress_is_appended_to(tmp_path, monkeypatch):
+    written, write_file = [], ppo_procgen.write_file
+    monkeypatch.setattr(ppo_procgen, "write_file", lambda path, x: (written.append(path.name), write_file(path, x)))
+    assert runs.train(tmp_path).returncode == 0
+    assert written.count("progress.csv") == 1 and len(runs.progress(tmp_path)) == 6
+
+
+def test_a_file_system_without_flock_is_refused(tmp_path, monkeypatch):
+    """A soft lock, to which filelock would change, can be held by two processes after a kill."""
+
+    def not_implemented(*_):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", not_implemented)
+    process = runs.train(tmp_path)
+    assert process.returncode == 1
+    assert_one_line(process.stderr, f"{runs.XPID}/.lock cannot be locked", "flock", "--model-saving-dir")
+    assert not list(tmp_path.rglob("*.pt"))
+
+
+WRAPPER = """class Bonus(gym.Wrapper):
+    \"\"\"Adds a bonus that grows with the steps.\"\"\"
+
+    def __init__(self, envs):
+        super().__init__(envs)
+        self.steps = 0
+
+    def step(self, actions):
+        self.steps += 1
+        frames, rewards, *more = self.env.step(actions)
+        return frames, rewards + 0.01 * self.steps, *more
+"""
+STATE = """
+    def state_dict(self):
+        return {"steps": self.steps}
+
+    def load_state_dict(self, saved):
+        self.steps = saved["steps"]
+"""
+
+
+def fork_with_wrapper(folder, wrapper):
+    source = (ROOT / "ppo_procgen.py").read_text()
+    last = "    return gym.wrappers.TransformReward(envs, lambda reward: np.clip(reward, -10, 10))\n"
+    assert source.count(last) == 1
+    source = source.replace(last, "    envs = Bonus(envs)\n" + last)
+    source = source.replace("def make_envs(args: Args)", wrapper + "\n\ndef make_envs(args: Args)")
+    path = folder / "ppo_bonus_procgen.py"
+    path.write_text(source)
+    return path
+
+
+def test_a_wrapper_without_state_dict_fails_at_the_start(tmp_path):
+    path = fork_with_wrapper(tmp_path, WRAPPER)
+    process = subprocess.run(
+        [sys.executable, path, *runs.SMALL], cwd=tmp_path, capture_output=True, text=True, timeout=300
+    )
+    assert process.returncode == 1
+    assert_one_line(process.stderr, "the wrapper Bonus has no state_dict()")
+    assert not (tmp_path / "models").exists()
+
+
+def test_a_wrapper_with_state_dict_resumes_exactly(tmp_path):
+    path = fork_with_wrapper(tmp_path, WRAPPER + STATE)
+    counts = run_undisturbed(path, ["--no-cuda"], tmp_path / "undisturbed")
+    assert run_disturbed(path, ["--no-cuda"], tmp_path / "killed", counts, ("act", 0.7, signal.SIGKILL)) == []
+    assert differences(read_run(tmp_path / "killed"), read_run(tmp_path / "undisturbed")) == []
+
+
+def test_state_that_cannot_be_read_back_fails_before_a_file_is_written(tmp_path, monkeypatch):
+    state_dict = ppo_procgen.TrainState.state_dict
+    monkeypatch.setattr(ppo_procgen.TrainState, "state_dict", lambda state: {**state_dict(state), "mine": Path("x")})
+    process = runs.train(tmp_path)
+    assert process.returncode == 1
+    assert_one_line(process.stderr, "the state of the run can't be saved", "Path")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_clock_that_is_set_back_does_not_matter(tmp_path, monkeypatch):
+    monkeypatch.setattr(time, "time", lambda: 0.0)
+    assert runs.train(tmp_path).returncode == 0
+    with open(runs.run_dir(tmp_path) / "progress.csv") as file:
+        assert all(float(row["charts/SPS"]) > 0 for row in csv.DictReader(file))
+
+
+def test_evaluations_have_no_part_in_the_speed(tmp_path, monkeypatch):
+    evaluate = ppo_procgen.evaluate
+    monkeypatch.setattr(ppo_procgen, "evaluate", lambda *args: (time.sleep(3), evaluate(*args))[1])
+    start = time.monotonic()
+    assert runs.train(tmp_path, "--total-timesteps", "128").returncode == 0  # two iterations, each evaluated
+    with open(runs.run_dir(tmp_path) / "progress.csv") as file:
+        speed = float(list(csv.DictReader(file))[-1]["charts/SPS"])
+    assert 128 / speed < time.monotonic() - start - 6
+
+
+def test_a_run_under_nohup_does_not_stop_when_the_terminal_goes(monkeypatch):
+    handlers = {signum: signal.getsignal(signum) for signum in ppo_procgen.STOP_SIGNALS}
+    try:
+        for before in (signal.SIG_IGN, signal.SIG_DFL):
+            signal.signal(signal.SIGHUP, before)
+            ppo_procgen.handle_signals()
+            assert (signal.getsignal(signal.SIGHUP) == signal.SIG_IGN) == (before == signal.SIG_IGN)
+    finally:
+        for signum, handler in handlers.items():
+            signal.signal(signum, handler)
+
+
+def test_a_stop_in_the_first_iteration_says_how_far_it_was(tmp_path):
+    command = [runs.SCRIPT[1], *runs.SMALL]
+    run = launch(command, tmp_path, "act", 9, signal.SIGTERM)
+    assert run.code == 75
+    assert "nothing to save yet: the first iteration had made 36 of 64 steps" in run.printed
+
+
+def test_check_resume_sees_every_exit_code(tmp_path):
+    """Processes that several threads start and wait for: none's exit code gets lost."""
+    script = tmp_path / "trivial.py"
+    script.write_text("")
+    with ThreadPoolExecutor(4) as pool:
+        codes = list(pool.map(lambda _: launch([str(script)], tmp_path).code, range(80)))
+    assert codes == [0] * 80
