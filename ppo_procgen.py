@@ -486,27 +486,15 @@ EXIT_STOPPED = 75  # EX_TEMPFAIL: run the same command again to continue
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2, signal.SIGHUP)
 LOCK_PATIENCE = 600  # seconds, on a cluster
 MAX_LEVEL = 2**31 - 1  # level seeds are int32
-GEN_DGRL_FLAGS = {
-    "--env-name": "--env-id",
-    "--num-env-steps": "--total-timesteps",
-    "--num-processes": "--num-envs",
-    "--ppo-epoch": "--update-epochs",
-    "--num-mini-batch": "--num-minibatches",
-    "--clip-param": "--clip-coef",
-    "--entropy-coef": "--ent-coef",
-    "--value-loss-coef": "--vf-coef",
-    "--lr": "--learning-rate",
-    "--eps": "--adam-eps",
-    "--checkpoint-path": "--checkpoint",
-    "--log-wandb": "--track",
-}
 SHORT_NAMES = {  # in run names, as in gen_dgrl's
-    "learning_rate": "lr",
-    "update_epochs": "epoch",
-    "num_minibatches": "mb",
-    "vf_coef": "v",
-    "ent_coef": "ha",
-}
+    "learning_rate": "lr", "update_epochs": "epoch", "num_minibatches": "mb", "vf_coef": "v", "ent_coef": "ha",
+}  # fmt: skip
+GEN_DGRL_FLAGS = {
+    "--env-name": "--env-id", "--num-env-steps": "--total-timesteps", "--num-processes": "--num-envs",
+    "--ppo-epoch": "--update-epochs", "--num-mini-batch": "--num-minibatches", "--clip-param": "--clip-coef",
+    "--entropy-coef": "--ent-coef", "--value-loss-coef": "--vf-coef", "--lr": "--learning-rate",
+    "--eps": "--adam-eps", "--checkpoint-path": "--checkpoint", "--log-wandb": "--track",
+}  # fmt: skip
 # The games that have more modes than easy and hard. Asked for any other, Procgen's library ends the whole process.
 EXTRA_MODES = {
     "extreme": ("chaser", "dodgeball", "leaper", "starpilot"),
@@ -570,13 +558,8 @@ class Recorder(gym.Wrapper):
     def step(self, actions):
         checksum = zlib.crc32(self.unwrapped.games.observe()[1]["rgb"])
         frames, rewards, terminated, truncated, infos = self.env.step(actions)
-        row = {
-            "actions": actions.astype(np.uint8),
-            "rewards": rewards.copy(),
-            "dones": terminated.copy(),
-            "checksums": np.uint32(checksum),
-        }
-        self.rows.append(row)
+        row = {"actions": actions.astype(np.uint8), "rewards": rewards.copy(), "dones": terminated.copy()}
+        self.rows.append({**row, "checksums": np.uint32(checksum)})
         return frames, rewards, terminated, truncated, infos
 
     def take_rows(self, logprobs: torch.Tensor) -> dict:

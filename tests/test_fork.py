@@ -15,7 +15,9 @@ from check_resume import differences, launch, read_run, run_disturbed, run_undis
 
 ROOT = Path(__file__).resolve().parent.parent
 NAME = "ppo_drac_procgen.py"
-# DrAC (Raileanu et al. 2021): the policy and the value of a shifted frame are pulled towards those of the frame.
+# DrAC (Raileanu et al. 2021): the policy and the value of a shifted frame are pulled towards those of the frame. And,
+# as state of its own, a network beside the agent with an optimizer of its own, which learns to predict the values.
+LOADED = '        self.next_done = saved["next_done"].to(self.device)\n'
 CHANGES = (
     (
         "    vf_coef: float = 0.5",
@@ -25,7 +27,6 @@ CHANGES = (
     ),
     ("            ConvSequence(3, 16),", "            ConvSequence(3, 16 * args.width),"),
     ("            ConvSequence(16, 32),", "            ConvSequence(16 * args.width, 32),"),
-    ('LOSSES = ("policy_loss",', 'LOSSES = ("drac_loss", "policy_loss",'),
     (
         "    loss = policy_loss -",
         "    shift = int(torch.randint(1, 5, ()))\n"
@@ -33,7 +34,34 @@ CHANGES = (
         "    drac_loss = (0.5 * (shifted_values - new_values.detach()) ** 2 - shifted_logprobs).mean()\n"
         "    loss = args.drac_coef * drac_loss + policy_loss -",
     ),
-    ("parts = torch.stack([policy_loss,", "parts = torch.stack([drac_loss, policy_loss,"),
+    ("        terms = {\n", '        terms = {\n            "drac_loss": drac_loss.detach(),\n'),
+    (
+        "        self.envs = make_envs(args)\n",
+        "        self.envs = make_envs(args)\n"
+        "        self.predictor = nn.Linear(2, 1).to(device)\n"
+        "        self.predictor_optimizer = torch.optim.Adam(self.predictor.parameters(), lr=0.01)\n",
+    ),
+    (
+        '            "next_done": self.next_done,\n',
+        '            "next_done": self.next_done,\n'
+        '            "predictor": self.predictor.state_dict(),\n'
+        '            "predictor_optimizer": self.predictor_optimizer.state_dict(),\n',
+    ),
+    (
+        LOADED,
+        LOADED + '        self.predictor.load_state_dict(saved["predictor"])\n'
+        '        self.predictor_optimizer.load_state_dict(saved["predictor_optimizer"])\n',
+    ),
+    (
+        "            check_finite(iteration, losses, state)\n",
+        "            check_finite(iteration, losses, state)\n"
+        "            predicted = state.predictor(torch.stack([b_values, b_logprobs], dim=1)).squeeze(1)\n"
+        "            predictor_loss = ((predicted - b_returns) ** 2).mean()\n"
+        "            state.predictor_optimizer.zero_grad()\n"
+        "            predictor_loss.backward()\n"
+        "            state.predictor_optimizer.step()\n"
+        '            losses["predictor_loss"] = predictor_loss.item()\n',
+    ),
 )
 ARGUMENTS = ["--drac-coef", "0.2", "--width", "2", "--no-cuda"]
 
@@ -63,7 +91,9 @@ def test_a_fork_has_runs_of_its_own_and_resumes_exactly(fork, tmp_path):
     assert "-ppo_drac-lr" in path.name and path.name.endswith("-drac_coef0.2-width2_0")
     assert (path / NAME).read_text() == (folder / NAME).read_text()
     with open(path / "progress.csv") as file:
-        assert all(float(row["losses/drac_loss"]) > 0 for row in csv.DictReader(file))
+        rows = list(csv.DictReader(file))
+    for name in ("losses/drac_loss", "losses/predictor_loss"):
+        assert all(float(row[name]) > 0 for row in rows)
     for moment in (("backward", 0.6, signal.SIGKILL), ("act", 0.6, signal.SIGTERM)):
         stopped = tmp_path / moment[0]
         assert run_disturbed(folder / NAME, ARGUMENTS, stopped, counts, moment) == []
