@@ -120,3 +120,17 @@ def test_an_agent_in_the_repository_plays_as_well_as_the_readme_says(row, tmp_pa
     mean, error = map(float, found.groups())
     wanted, wanted_error = map(float, row[5:7])
     assert abs(mean - wanted) < 4 * (error**2 + wanted_error**2) ** 0.5
+
+
+def test_the_first_command_of_the_start_section_works_and_ci_runs_the_second(tmp_path):
+    """Their first two parts, the installation, are the same: .ci/run runs the second command as it stands."""
+    commands = re.findall(r"^    (python3 -m venv .*)$", README, re.M)
+    parts = [command.split(" && ") for command in commands]
+    assert len(commands) == 2 and parts[0][:2] == parts[1][:2]
+    assert ".venv/bin/python -m pytest tests" == parts[1][2]
+    python, script, *words = shlex.split(parts[0][2])
+    assert (python, script) == (".venv/bin/python", "ppo_procgen.py")
+    smallest = ["--num-envs", "4", "--num-steps", "16", "--total-timesteps", "64", "--num-minibatches", "2"]
+    process = run_main(ppo_procgen, [*words, *smallest, "--no-cuda"], tmp_path)
+    assert process.returncode == 0, process.stderr
+    assert len(list(tmp_path.glob("models/starpilot/*/final/*.pt"))) == 1
