@@ -833,12 +833,13 @@ def pack_checkpoint(state: dict) -> bytes:
     """Exits with code 1 if the state holds more than tensors and plain Python values."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
+    content = buffer.getvalue()
     try:
-        torch.load(io.BytesIO(buffer.getvalue()), weights_only=True)
-    except pickle.UnpicklingError as error:
-        way_out = "TrainState.state_dict may hold tensors and plain Python values only"
-        fail(f"the state of the run can't be saved: {way_out} ({one_line(error)})")
-    return buffer.getvalue()
+        torch.load(io.BytesIO(content), weights_only=True)
+    except pickle.UnpicklingError:
+        types = ", ".join(torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(content)))
+        fail(f"a checkpoint can't hold {types}; TrainState.state_dict may have tensors and plain Python values only")
+    return content
 
 
 def read_checkpoint(path: Path) -> bytes:

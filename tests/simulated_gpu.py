@@ -3,7 +3,7 @@
 The device is called fakegpu (PyTorch's PrivateUse1). Each of its tensors computes in a tensor on the CPU. As with CUDA,
 an operation on tensors of both devices raises and the device has a random generator of its own. Copies between device
 and host are counted, and printed as the last line. With SIMULATED_GPU_FAILS_AT=N every operation on the device after N
-backward passes fails, as after an illegal memory access.
+backward passes fails, as after an illegal memory access. Autocast (--bfloat16) does not work on it.
 
 The script runs as a copy in ./copies/, in which "cuda" is fakegpu.
 """
@@ -44,7 +44,7 @@ def make_module() -> types.ModuleType:
     module.set_rng_state = lambda state, device=None: generator.set_state(state)
     module.mem_get_info = lambda device=None: (8 * 10**9, 10**11)
     module.get_device_name = lambda device=None: "simulated"
-    module.get_amp_supported_dtype = lambda: [torch.bfloat16]
+    module.get_amp_supported_dtype = lambda: [torch.bfloat16]  # asked for even where autocast is off
     module.empty_cache = lambda: None
     module.OutOfMemoryError = torch.OutOfMemoryError
     return module

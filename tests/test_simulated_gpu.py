@@ -116,11 +116,6 @@ def test_a_gpu_that_fails_loses_no_completed_iteration(tmp_path):
     assert runs.load(runs.run_dir(tmp_path) / "rolling" / "model.pt")["iteration"] == 2
 
 
-def test_bfloat16_on_a_gpu(tmp_path):
-    process = run_on_simulated_gpu("ppo_procgen.py", [*ON_GPU, "--bfloat16", "--total-timesteps", "64"], tmp_path)
-    assert process.returncode == 0, process.stderr
-
-
 @pytest.mark.parametrize("variable", ["CUDA_VISIBLE_DEVICES", "SLURM_JOB_GPUS"])
 def test_a_slurm_job_whose_gpu_is_unusable_does_not_train_on_the_cpu_by_accident(variable, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
