@@ -414,7 +414,7 @@ def test_a_table_that_cannot_be_read_is_set_aside(edit, uninterrupted, tmp_path)
 def test_a_last_row_that_a_kill_has_cut_is_dropped(uninterrupted, tmp_path):
     shutil.copytree(uninterrupted, tmp_path / "run")
     table = runs.run_dir(tmp_path / "run") / "progress.csv"
-    table.write_text(table.read_text() + "7,448,12")
+    table.write_text(table.read_text() + "1")  # of a 10
     process = runs.train(tmp_path / "run", "--resume", "--total-timesteps", "448")
     assert process.returncode == 0 and "note" not in process.stdout, process.stdout + process.stderr
     assert [row["iteration"] for row in runs.progress(tmp_path / "run")] == list("1234567")
