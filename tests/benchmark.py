@@ -90,7 +90,7 @@ def split(device, arguments, result):
         return timed_act(agent, x)
 
     if "--save-dataset" in arguments:
-        step, games_step = ppo_procgen.RecordGames.step, ppo_procgen.ProcgenVectorEnv.step
+        step, games_step = ppo_procgen.Recorder.step, ppo_procgen.ProcgenVectorEnv.step
         inside = [0.0]
 
         def timed_step(games, actions):
@@ -105,7 +105,7 @@ def split(device, arguments, result):
             figures["recording"] = figures.get("recording", 0) + time.perf_counter() - start - inside[0]
             return outcome
 
-        ppo_procgen.ProcgenVectorEnv.step, ppo_procgen.RecordGames.step = timed_step, timed_record
+        ppo_procgen.ProcgenVectorEnv.step, ppo_procgen.Recorder.step = timed_step, timed_record
 
     def make_timed_envs(args):
         envs = make_envs(args)
@@ -128,7 +128,7 @@ def split(device, arguments, result):
     ppo_procgen.evaluate = phases.wrap("evaluation", "other", ppo_procgen.evaluate)
     ppo_procgen.Run.write_evaluated = phases.wrap("evaluation", "other", ppo_procgen.Run.write_evaluated)
     ppo_procgen.Run.archives = lambda run, iteration: False  # only the last iteration is evaluated
-    ppo_procgen.Run.keep = phases.wrap("state kept in memory", "other", ppo_procgen.Run.keep)
+    ppo_procgen.Run.take_snapshot = phases.wrap("snapshot", "other", ppo_procgen.Run.take_snapshot)
     ppo_procgen.write_file = phases.wrap("files", "other", write_and_count)
     ppo_procgen.SummaryWriter.add_scalar = phases.wrap("other", "other", ppo_procgen.SummaryWriter.add_scalar)
     sys.argv = ["ppo_procgen.py", *arguments]
@@ -142,7 +142,7 @@ def split(device, arguments, result):
 
 
 def plain(device, env_id, num_steps, num_minibatches, iterations, result):
-    """PPO as one writes it first: float32 frames, channels first, whole minibatches, nothing asked of malloc.
+    """PPO as one writes it first: float32 frames, channels first, whole minibatches.
 
     Network, loss and games are the script's.
     """
@@ -190,14 +190,14 @@ def plain(device, env_id, num_steps, num_minibatches, iterations, result):
                 chosen = advantages[minibatch]
                 chosen = (chosen - chosen.mean()) / (chosen.std() + 1e-8)
                 batch = (x.flatten(0, 1)[minibatch] for x in (obs, actions, logprobs))
-                loss, parts = ppo_procgen.ppo_loss(
+                loss, terms = ppo_procgen.ppo_loss(
                     agent, *batch, returns[minibatch], values.flatten()[minibatch], chosen, args
                 )
                 optimizer.zero_grad()
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
                 optimizer.step()
-                parts.tolist()
+                [term.item() for term in terms.values()]
         seconds.append(time.perf_counter() - start)
     Path(result).write_text(json.dumps({"seconds": seconds[1:]}))
 
@@ -340,7 +340,7 @@ def main():
     phase, peak = run_child(folder, "split", args.device, options)
     every = {"evaluation": limit["archive_interval"], "files": limit["log_interval"]}  # iterations
     measured = {**phase, "evaluation": phase["evaluation"] * (iterations - 1)}  # there was one, at the end
-    names = ("environment", "policy", "transfer", "update", "state kept in memory", "files", "evaluation", "other")
+    names = ("environment", "policy", "transfer", "update", "snapshot", "files", "evaluation", "other")
     costs = {name: measured.get(name, 0) / every.get(name, 1) for name in names}
 
     say("training with --save-dataset")
@@ -429,7 +429,7 @@ def main():
     flops = limit["forward_flops"] + limit["epochs"] * limit["update_flops"]
     rates = {name: limit[name] / 1e9 for name in ("float32", "TF32", "bf16") if name in limit}
     ratio = statistics.median(own) / statistics.median(other)
-    state_cost = measured["state kept in memory"] + measured["files"]
+    state_cost = measured["snapshot"] + measured["files"]
     log_cost = recorded["recording"] / sum(recorded[name] for name in names if name in recorded)
     recording = statistics.median(speeds["a recording"])
     verifying = metadata["steps"] / verify_seconds
