@@ -367,7 +367,7 @@ def train(args: Args) -> None:
     dones = torch.zeros(shape, dtype=torch.bool, device=device)
 
     state = TrainState(args, device)
-    agent, optimizer, envs = state.agent, state.optimizer, state.envs
+    agent, optimizer, envs = state.agent, state.optimizer, state.envs  # changed in place, never replaced
     test_envs = make_test_envs(args)
     test_start = test_envs.get_state()
 
@@ -728,10 +728,10 @@ def choose_device(args: Args) -> torch.device:
 
 
 def choose_microbatch_size(device: torch.device) -> int:
-    """How many frames go through the network at once in the update. It has a part in the last bits of the result.
+    """How many frames go through the network at once in the update. The last bits of the result depend on it.
 
     On a CPU 64 and 128 are the fastest of 16 to 256, as their activations stay in the cache. On a GPU 1,024 frames take
-    about 1.2 GB; one with less than 4 GB gets fewer. Free memory has no part in it, as other processes change it.
+    about 1.2 GB; one with less than 4 GB gets fewer. It does not follow free memory, which other processes change.
     """
     if device.type == "cpu":
         return 64
@@ -740,7 +740,7 @@ def choose_microbatch_size(device: torch.device) -> int:
 
 
 def has_bfloat16(args: Args) -> bool:
-    """Whether the device computes in bfloat16 natively; every GPU is taken to."""
+    """Whether the device computes in bfloat16 natively; assumed of every GPU."""
     if args.cuda and torch.cuda.is_available():
         return True
     cpu = torch.cpu.get_capabilities()
@@ -790,7 +790,7 @@ def stop_if_asked() -> None:
 
 
 def check_finite(iteration: int, losses: dict, state: TrainState) -> None:
-    """Exit with code 1 if an iteration gave nan or infinite losses, or weights that do."""
+    """Exit with code 1 if the losses of an iteration, or the outputs of the new weights, are not finite."""
     with torch.inference_mode():  # the losses were computed before the last optimizer step, so check its effect as well
         logits, values = state.agent(state.next_obs)
     finite = logits.isfinite().all() and values.isfinite().all()
@@ -1101,7 +1101,7 @@ class Run:
         bar_format = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} steps{postfix}"
         self.bar = tqdm(total=total_steps, initial=step, unit_scale=True, bar_format=bar_format, disable=None)
         self.first_step = step
-        self.start_time = time.monotonic()  # moved on by evaluations, which have no part in the speed
+        self.start_time = time.monotonic()  # later by the time that evaluations take
         self.describe("rollout")
 
     # ITERATIONS
@@ -1115,7 +1115,7 @@ class Run:
 
     @contextlib.contextmanager
     def evaluation(self):
-        """An evaluation goes on inside, whose time has no part in the speed."""
+        """The time that passes inside does not count for the speed."""
         self.describe("evaluation")
         start = time.monotonic()
         yield
