@@ -1,8 +1,8 @@
 """A Slurm cluster of one node on the loopback interface, its state in one folder, for the tests of sweep.py.
 
 It needs Debian's packages slurm-wlm and munge, and root, as slurmd starts the jobs. With slurmdbd,
-mariadb-server-core and mariadb-client-core it has accounting too, for sacct and limits. As a script it runs until it
-is stopped: python tests/slurm_cluster.py FOLDER prints the setting of SLURM_CONF that sbatch and squeue need.
+mariadb-server-core and mariadb-client-core it has accounting too, for sacct and a user's limits. As a script it runs
+the cluster until it is stopped: python tests/slurm_cluster.py FOLDER prints the SLURM_CONF that sbatch and squeue need.
 """
 
 import os
@@ -95,7 +95,7 @@ class Cluster:
 
     def __init__(self, folder: Path, cpus: int = os.cpu_count()):
         folder.chmod(0o700)
-        self.folder, self.daemons = folder, []
+        self.folder, self.daemons, self.is_up = folder, [], False
         self.environment = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf"), "PATH": search_path()}
         with socket.socket() as a, socket.socket() as b, socket.socket() as c:
             for one in (a, b, c):
@@ -123,6 +123,7 @@ class Cluster:
             self.start(["slurmctld", "-D", "-i"])
             self.start(["slurmd", "-D", "-N", host])
             self.wait(lambda: "idle" in self.run("sinfo", "-h", "-o", "%T", check=False))
+            self.is_up = True
         except BaseException:
             self.stop()
             raise
@@ -144,10 +145,12 @@ class Cluster:
     def start(self, command: list, **environment) -> None:
         with open(self.folder / f"{command[0]}.out", "w") as log:
             command = ["setpriv", "--pdeathsig", "TERM", *command]  # they end with this process, however it ends
-            self.daemons.append(subprocess.Popen(command, stdout=log, stderr=log, env={**self.environment, **environment}))
+            self.daemons.append(
+                subprocess.Popen(command, stdout=log, stderr=log, env={**self.environment, **environment})
+            )
 
     def stop(self) -> None:
-        if len(self.daemons) == 3:
+        if self.is_up:
             self.run("scancel", "--user=root", check=False)
             self.wait(lambda: not self.run("squeue", "-h", check=False))
         for daemon in reversed(self.daemons):
@@ -158,9 +161,9 @@ class Cluster:
             except subprocess.TimeoutExpired:
                 daemon.kill()
 
-    def run(self, *command, check=True) -> str:
+    def run(self, *command, check=True, cwd=None) -> str:
         """A command's output."""
-        result = subprocess.run(command, capture_output=True, text=True, env=self.environment)
+        result = subprocess.run(command, capture_output=True, text=True, env=self.environment, cwd=cwd)
         assert not check or result.returncode == 0, result.stderr
         return result.stdout
 
