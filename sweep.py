@@ -1250,20 +1250,25 @@ def submit(paths: list) -> None:
 
 def newest_tasks() -> dict:
     """The last Slurm task of each command and its state, {arguments: "7_1 TIMEOUT"}, as sacct and squeue tell."""
+    os.environ["SLURM_BITSTR_LEN"] = "0"  # do not shorten lists of tasks
     listed = output_of(
-        "sacct", "--allocations", "--noheader", "--parsable2", "--starttime=now-30days",
+        "sacct", "--allocations", "--noheader", "--parsable2", "--starttime=now-30days", "--endtime=now",
+        "--state=BF,CA,CD,DL,F,NF,OOM,PR,RV,TO",  # with these it also lists tasks that were cancelled in the queue
         "--format=JobID,State,WorkDir,JobName,SubmitLine",
     )  # fmt: skip
-    listed += output_of("squeue", "--me", "--array", "--noheader", "--format=%F_%K|%T (%r)|%Z|%j|%o")
+    listed += output_of("squeue", "--me", "--noheader", "--format=%F_%K|%T (%r)|%Z|%j|%o")
     newest = {}
     for line in listed.splitlines():
-        match = re.fullmatch(r"(\d+_(\d+))\|(.*?)\|(.*)\|(.*)\|(?:.*[/ ])?(array(?:_\d+)?\.sbatch).*", line)
+        # 7_1|TIMEOUT|/home/me/project|ppo|sbatch slurm/generated/ppo/array.sbatch; of tasks in the queue 7_[2-4,6%2]
+        match = re.fullmatch(r"(\d+)_\[?([\d,-]+).*?\|(.*?)\|(.*)\|(.*)\|(?:.*[/ ])?(array(?:_\d+)?\.sbatch).*", line)
         if match is None or match[4] != os.getcwd():
             continue
         path = Path("slurm", "generated", match[5], match[6])
-        state = match[3].removesuffix(" (None)")
-        for arguments in task_commands(path, int(match[2])):
-            newest[arguments] = f"{match[1]} {state}"
+        for indices in match[2].split(","):
+            first, _, last = indices.partition("-")
+            for index in range(int(first), int(last or first) + 1):
+                for arguments in task_commands(path, index):
+                    newest[arguments] = f"{match[1]}_{index} {match[3].removesuffix(' (None)')}"
     return newest
 
 

@@ -1069,13 +1069,13 @@ def test_a_file_system_without_flock_is_named(tmp_path, monkeypatch, code):
 
 SACCT = r"""#!/bin/sh
 echo "7_1|OUT_OF_MEMORY|$PWD|x|sbatch --parsable slurm/generated/x/array_1.sbatch"
-echo "7_2|CANCELLED by 1000|$PWD|x|sbatch $PWD/slurm/generated/x/array_1.sbatch"
+echo "7_[2]|CANCELLED by 1000|$PWD|x|sbatch $PWD/slurm/generated/x/array_1.sbatch"
 echo "8_1|TIMEOUT|$PWD|x|sbatch --array=1 array_2.sbatch"
 echo "9_1|FAILED|/elsewhere|x|sbatch slurm/generated/x/array_2.sbatch"
 echo "12|FAILED|$PWD|other|sbatch other.sh a|b"
 """
 SQUEUE = r"""#!/bin/sh
-echo "8_2|PENDING (Resources)|$PWD|x|$PWD/slurm/generated/x/array_2.sbatch"
+echo "8_2-3%4|PENDING (Resources)|$PWD|x|$PWD/slurm/generated/x/array_2.sbatch"
 echo "11_1|RUNNING (None)|$PWD|gone|$PWD/slurm/generated/gone/array.sbatch"
 """
 
