@@ -120,6 +120,7 @@ GEN_DGRL_NAMES = {
 DATASET_ARGUMENTS = (
     "env_id", "ratio", "ratio_checkpoint_dir", "ratio_dataset_dir", "checkpoint", "dataset_saving_dir",
 )  # fmt: skip
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 EXIT_STOPPED = 75  # of a script that was stopped by a signal with everything saved
 UNSAFE = "[\0-\x1f\x7f-\x9f\ud800-\udfff]"  # control characters, and halves of surrogate pairs
 HERE = Path(__file__).parent
@@ -152,7 +153,7 @@ class Argument(NamedTuple):
 
     annotation: str
     default: object  # None if it is computed
-    is_constant: bool  # the default is written as a constant
+    is_constant: bool
 
 
 class Script(NamedTuple):
@@ -179,6 +180,7 @@ class Progress(NamedTuple):
 
 
 STATES = ("done", "running", "stopped", "not started", "damaged")
+OUTCOMES = ("done", "failed", "stopped", "in use", "not started")  # of a command that runs here
 
 
 def fail(message: str, code: int = 1) -> NoReturn:
@@ -238,15 +240,13 @@ def parse_time_limit(limit: str) -> float | None:
     """Minutes of a limit in one of sbatch's formats, 0 for none, or None if it is in no such format."""
     if limit.upper() in ("INFINITE", "UNLIMITED"):
         return 0
-    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", limit)
+    match = re.fullmatch(r"(\d+-)?(\d+)(:\d+)?(:\d+)?", limit)
     if match is None:
         return None
-    days, first, second, third = (int(number or 0) for number in match.groups())
-    if match[1] is not None:  # days-hours, days-hours:minutes and days-hours:minutes:seconds
-        return days * 1440 + first * 60 + second + third / 60
-    if match[4] is not None:  # hours:minutes:seconds
-        return first * 60 + second + third / 60
-    return first + second / 60  # minutes and minutes:seconds
+    days, *numbers = (int((group or "0").strip(":-")) for group in match.groups())
+    starts_with_hours = match[1] or match[4]  # otherwise it is minutes or minutes:seconds
+    hours, minutes, seconds = numbers if starts_with_hours else (0, *numbers[:2])
+    return days * 1440 + hours * 60 + minutes + seconds / 60
 
 
 def read_file(path: Path, name: str) -> str:
@@ -268,18 +268,15 @@ def write_file(path: Path, content: str) -> None:
 
 def resolve_path(path: str) -> Path:
     """A file of the current folder or else of the one that this script is in."""
-    if os.path.exists(path):
-        return Path(path)
-    return HERE / path
+    return Path(path) if os.path.exists(path) else HERE / path
 
 
 def did_you_mean(word: str, known) -> str:
     """The end of a message about a word that is not known."""
+    similar = difflib.get_close_matches(word, known, n=1)
     if GEN_DGRL_NAMES.get(word) in known:
-        return f"; did you mean {GEN_DGRL_NAMES[word]}?"
-    for match in difflib.get_close_matches(word, known, n=1):
-        return f"; did you mean {match}?"
-    return ""
+        similar = [GEN_DGRL_NAMES[word]]
+    return f"; did you mean {similar[0]}?" if similar else ""
 
 
 # FROM A GRID TO RUNS
@@ -306,16 +303,13 @@ def read_script(path: Path) -> Script:
     add_fields("Args")
     constants = {"FREE_ARGUMENTS": ("resume",), "AGENT_OF": None}
     for node in tree.body:
-        if not isinstance(node, (ast.Assign, ast.AnnAssign, ast.AugAssign)):
-            continue
-        target = ast.unparse(node.targets[0] if isinstance(node, ast.Assign) else node.target)
-        if target in constants:
-            try:
-                constants[target] = ast.literal_eval(node.value)
-            except ValueError:
-                fail(f"the grid's script {path}: {target} must be written out in one piece", 2)
-            if isinstance(node, ast.AugAssign):
-                fail(f"the grid's script {path}: {target} must be written out in one piece", 2)
+        if isinstance(node, (ast.Assign, ast.AnnAssign, ast.AugAssign)):
+            target = ast.unparse(node.targets[0] if isinstance(node, ast.Assign) else node.target)
+            if target in constants:
+                try:
+                    constants[target] = ast.literal_eval(node if isinstance(node, ast.AugAssign) else node.value)
+                except ValueError:  # of an AugAssign, too
+                    fail(f"the grid's script {path}: {target} must be written out in one piece", 2)
     if "agent_from" in arguments:  # by default the script that AGENT_OF names
         arguments["agent_from"] = arguments["agent_from"]._replace(default=constants["AGENT_OF"])
     return Script(path, arguments, constants["FREE_ARGUMENTS"])
@@ -920,97 +914,104 @@ def draw_reference(axes, bands: dict, env_id: str, total_steps: int) -> None:
 
 
 def read_all_curves(runs: list) -> dict:
-    """{game: {method: curves of its seeds}}. A game or a method without a row is there, too, and empty."""
-    panels = {}
+    """The curves of the seeds of each game and method, {(env_id, method): [curves, ...]}."""
+    everything = {}
     for run in runs:
-        curves = panels.setdefault(run.settings["env_id"], {}).setdefault(run.method, [])
         table = run_folder(run.settings) / "progress.csv"
         try:
-            curve = read_curves(table)
+            curves = read_curves(table)
         except (OSError, ValueError) as error:
             print(f"{table} is left out, as it is damaged ({error})")
             continue
-        if len(curve):
-            curves.append(curve)
-    return panels
+        if len(curves):
+            everything.setdefault((run.settings["env_id"], run.method), []).append(curves)
+    return everything
 
 
-def plot(runs: list, output: Path, reference: dict) -> None:
-    """Draw a panel per game and a line per method, and write status's table beside it.
+def styles_of(methods: list) -> dict:
+    """The color and the width of each method's lines, {method: (color, width)}."""
+    import matplotlib  # in these functions, as it is slow and only they need it
 
-    reference is read_reference()'s; it may be empty.
-    """
-    import matplotlib  # here, as it is slow and only this needs it
-    from matplotlib.figure import Figure
+    palette = matplotlib.colormaps["tab10" if len(methods) <= 10 else "turbo"].resampled(max(10, len(methods)))
+    if len(methods) == 1:
+        return {methods[0]: (palette(0), 1.3)}
+    # Later lines are thinner, so that a line does not hide an earlier one on which it lies.
+    widest, thinnest = (1.3, 0.7) if len(methods) > 6 else (2.6, 1.3)
+    widths = np.linspace(widest, thinnest, len(methods))
+    return {method: (palette(i), widths[i]) for i, method in enumerate(methods)}
+
+
+def add_legend(figure, styles: dict, has_seeds: bool, has_reference: bool) -> None:
+    """Explain the lines below the panels, in as many columns as fit."""
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
-    if "xpid" not in runs[0].settings:
-        fail("--action plot draws the curves of trainings, and the grid's script has no argument xpid", 2)
-    panels = read_all_curves(runs)
-    numbers_of_seeds = [len(curves) for methods in panels.values() for curves in methods.values()]
-    if not any(numbers_of_seeds):
-        fail("there is nothing to draw: none of these runs has got as far as a row in its progress.csv")
-
-    methods = list(dict.fromkeys(run.method for run in runs))
-    palette = matplotlib.colormaps["tab10" if len(methods) <= 10 else "turbo"].resampled(max(10, len(methods)))
-    # Later lines are thinner, so that one that lies on another does not hide it.
-    widths = np.linspace(1.3, 0.7, len(methods)) if len(methods) > 6 else np.linspace(1.3, 2.6, len(methods))[::-1]
-
     handles = [Line2D([], [], color="gray", linestyle="-"), Line2D([], [], color="gray", linestyle="--")]
     labels = ["training levels", "test levels"]
-    if reference:
+    if has_reference:
         handles.append(Patch(color="gray", alpha=0.4, linewidth=0))
         labels.append("reference, lowest to highest run")
-    for i, method in enumerate(methods):
+    for method, (color, _) in styles.items():
         if method:
-            handles.append(Line2D([], [], color=palette(i), linewidth=3))
+            handles.append(Line2D([], [], color=color, linewidth=3))
             labels.append(textwrap.fill(method, 100).replace("$", r"\$"))
+    titles = []
+    if len(styles) > 1:
+        titles.append(f"{len(styles)} configurations")
+    if has_seeds:
+        titles.append("thick line: mean of the seeds, band: their standard deviation")
+        titles.append("thin line: one seed, beyond the last step that all seeds have reached")
+    columns = int(14 * figure.get_figwidth()) // max(len(label) for label in labels)
+    columns = min(max(columns, 1), len(labels))
+    place = {"loc": "upper center", "bbox_to_anchor": (0.5, 0), "frameon": False}
+    figure.legend(handles, labels, title="\n".join(titles), ncols=columns, **place)
 
-    columns = len(panels) if len(panels) <= 3 else math.ceil(math.sqrt(len(panels)))
-    rows = math.ceil(len(panels) / columns)
-    size = (6, 3.4) if len(panels) == 1 else (2.6 * columns, 2.1 * rows)
-    with matplotlib.rc_context({"font.size": 8, "axes.spines.top": False, "axes.spines.right": False}):
-        figure = Figure(size, layout="constrained")
-        all_axes = figure.subplots(rows, columns, squeeze=False).flatten()
-        for axes in all_axes[len(panels) :]:
-            axes.set_visible(False)
-        for place, (axes, (env_id, curves_of)) in enumerate(zip(all_axes, panels.items())):
-            for i, method in enumerate(methods):
-                if curves_of.get(method):
-                    steps, returns = align(curves_of[method])
-                    draw(axes, steps, returns[:, :, 0], palette(i), "-", widths[i])
-                    draw(axes, steps, returns[:, :, 1], palette(i), "--", widths[i])
-            total_steps = max(run.settings["total_timesteps"] for run in runs if run.settings["env_id"] == env_id)
-            draw_reference(axes, reference, env_id, total_steps)
-            axes.set(title=env_id, xlim=(0, total_steps / 1e6))
-            if place % columns == 0:
-                axes.set_ylabel("episode return")
-            if place + columns >= len(panels):
-                axes.set_xlabel("environment steps (millions)")
-            axes.locator_params(axis="x", nbins=4)
-            axes.grid(alpha=0.3)
-        titles = []
-        if len(methods) > 1:
-            titles.append(f"{len(methods)} configurations")
-        if max(numbers_of_seeds) > 1:
-            titles.append("thick line: mean of the seeds, band: their standard deviation")
-            titles.append("thin line: one seed, beyond the last step that all seeds have reached")
-        longest = max(len(label) for label in labels)
-        figure.legend(
-            handles,
-            labels,
-            title="\n".join(titles),
-            loc="upper center",
-            bbox_to_anchor=(0.5, 0),
-            frameon=False,
-            ncols=max(1, min(len(labels), int(14 * size[0]) // longest)),
-        )
-        output.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            figure.savefig(output, dpi=200, bbox_inches="tight")  # which makes room for the legend
-        except ValueError as error:  # of matplotlib, about the suffix
-            fail(f"--output {output}: {error}", 2)
+
+def plot(runs: list, output: Path, reference: dict) -> None:
+    """Draw a panel per game and a line per method, and write status's table to a .csv file of the same name.
+
+    reference is read_reference()'s; it may be empty.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    if "xpid" not in runs[0].settings:
+        fail("--action plot draws the curves of trainings, and the grid's script has no argument xpid", 2)
+    everything = read_all_curves(runs)
+    if not everything:
+        fail("there is nothing to draw: none of these runs has got as far as a row in its progress.csv")
+    total_steps = {}  # of each game
+    for run in runs:
+        env_id = run.settings["env_id"]
+        total_steps[env_id] = max(run.settings["total_timesteps"], total_steps.get(env_id, 0))
+    styles = styles_of(list(dict.fromkeys(run.method for run in runs)))
+
+    columns = len(total_steps) if len(total_steps) <= 3 else math.ceil(math.sqrt(len(total_steps)))
+    rows = math.ceil(len(total_steps) / columns)
+    matplotlib.rcParams.update({"font.size": 8, "axes.spines.top": False, "axes.spines.right": False})
+    figure = Figure((6, 3.4) if len(total_steps) == 1 else (2.6 * columns, 2.1 * rows), layout="constrained")
+    for i, (env_id, total) in enumerate(total_steps.items()):
+        axes = figure.add_subplot(rows, columns, i + 1)
+        for method, (color, width) in styles.items():
+            if (env_id, method) in everything:
+                steps, returns = align(everything[env_id, method])
+                draw(axes, steps, returns[:, :, 0], color, "-", width)
+                draw(axes, steps, returns[:, :, 1], color, "--", width)
+        draw_reference(axes, reference, env_id, total)
+        axes.set(title=env_id, xlim=(0, total / 1e6))
+        if i % columns == 0:
+            axes.set_ylabel("episode return")
+        if i + columns >= len(total_steps):
+            axes.set_xlabel("environment steps (millions)")
+        axes.locator_params(axis="x", nbins=4)
+        axes.grid(alpha=0.3)
+    has_seeds = any(len(seeds) > 1 for seeds in everything.values())
+    add_legend(figure, styles, has_seeds, has_reference=bool(reference))
+    output.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        figure.savefig(output, dpi=200, bbox_inches="tight")  # which makes room for the legend
+    except ValueError as error:  # of matplotlib, about the suffix
+        fail(f"--output {output}: {error}", 2)
     table, _ = summarise(runs, progress_of(runs))
     write_csv(output.with_suffix(".csv"), table)
     print(f"{output}, and its table {output.with_suffix('.csv')}")
@@ -1046,25 +1047,18 @@ def output_of(*command) -> str:
 
 
 def start_command(run: Run, log: Path, environment: dict) -> subprocess.Popen:
+    """In a session of its own, so that Ctrl-C reaches it through this process, once."""
     with open(log, "a") as file:
         print(f"== {run.command}", file=file, flush=True)
-        return subprocess.Popen(
-            shlex.split(run.command),
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=file,
-            stderr=file,
-            start_new_session=True,  # so that Ctrl-C reaches it through this process, once
-        )
+        options = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": file, "start_new_session": True}
+        return subprocess.Popen(shlex.split(run.command), env=environment, **options)
 
 
 def outcome_of(run: Run, code: int, stopping: bool) -> str:
-    """How a command has ended, by its exit code."""
+    """How a command has ended, by its exit code. While it imports, SIGTERM ends it, and there is nothing to save."""
     if code == 0:
         return "done"
-    if code == EXIT_STOPPED:
-        return "stopped"
-    if stopping and code in (-signal.SIGTERM, 128 + signal.SIGTERM):  # it was not ready for a signal yet
+    if code == EXIT_STOPPED or (stopping and code in (-signal.SIGTERM, 128 + signal.SIGTERM)):
         return "stopped"
     if progress_of([run])[0].state == "running":
         return "in use"
@@ -1082,8 +1076,8 @@ def run_local(args: Args, runs: list) -> int:
     environment = {"OMP_NUM_THREADS": str(max(1, cores // args.workers)), **os.environ}
     gpus = gpus_here(args)
     stop_signals = []
-    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN:  # nohup ignores SIGHUP
+    for signum in STOP_SIGNALS:
+        if signal.getsignal(signum) != signal.SIG_IGN:  # nohup ignores SIGHUP
             signal.signal(signum, lambda signum, frame: stop_signals.append(signum))
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # say() deals with a closed pipe
 
@@ -1119,9 +1113,8 @@ def run_local(args: Args, runs: list) -> int:
             if outcome == "stopped":
                 stopped.append(run)
             if outcome == "failed":
-                hint = ""
-                if code in (-signal.SIGKILL, 128 + signal.SIGKILL):
-                    hint = " (killed, usually because memory ran out: use fewer --workers)"
+                is_killed = code in (-signal.SIGKILL, 128 + signal.SIGKILL)
+                hint = " (killed, usually because memory ran out: use fewer --workers)" if is_killed else ""
                 say(f"{run.name} failed with exit code {code}{hint}: {last_log_line(folder / f'{run.name}.log')}")
             elif bar.disable:
                 say(f"{run.name} is {outcome}, {counts.total()} of {len(runs)}")
@@ -1131,10 +1124,8 @@ def run_local(args: Args, runs: list) -> int:
             bar.set_postfix({**counts, "running": len(active)})
     bar.close()
     counts["not started"] = len(waiting)
-    shown = ["done", "failed", "stopped", "not started"]
-    if counts["in use"]:
-        shown.insert(3, "in use")
-    summary = f"{len(runs)} runs: " + ", ".join(f"{counts[outcome]} {outcome}" for outcome in shown)
+    summary = f"{len(runs)} runs: "
+    summary += ", ".join(f"{counts[name]} {name}" for name in OUTCOMES if counts[name] or name != "in use")
     if stopped:
         finished = counts["done"] + sum(read_progress(run).fraction for run in stopped)
         summary += f"; {100 * finished / len(runs):.1f} % in all"
@@ -1238,11 +1229,8 @@ def submit(paths: list) -> None:
         if result.returncode:
             message = f"sbatch {path} failed: {' '.join(result.stderr.split())}"
             if re.search("MaxSubmit|job submit limit", result.stderr):
-                message += (
-                    ". You may have only so many tasks in the queue (MaxSubmitJobs): wait until some have ended; if an"
-                    " array by itself is too large, put several runs into a task with --runs-per-task, or make the"
-                    " arrays smaller with --max-array-size"
-                )
+                message += ". You may queue only so many tasks (MaxSubmitJobs): wait until some have ended"
+                message += ", or have fewer with --runs-per-task"
             rest = " && ".join(f"sbatch {path}" for path in paths[i:])
             fail(f"{message}. To submit what is left: {rest}")
         print(f"submitted {path} as job {result.stdout.strip().split(';')[0]}; logs in {path.parent}/logs/", flush=True)
@@ -1335,6 +1323,6 @@ if __name__ == "__main__":
         fail(f"the package {error.name} is missing: pip install -r requirements.txt")
     except OSError as error:
         fail(f"{error.filename or 'the output'} could not be used: {error.strerror}")
-    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # while Python ends, a late signal would
-        signal.signal(signum, signal.SIG_IGN)  # change the exit code
+    for signum in STOP_SIGNALS:  # during interpreter shutdown, a late one would change the exit code
+        signal.signal(signum, signal.SIG_IGN)
     sys.exit(code)
