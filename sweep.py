@@ -340,7 +340,7 @@ def read_grid(path: Path) -> tuple:
         counts = Counter(name for name, _ in pairs)
         for name, count in counts.items():
             if count > 1:
-                fail(f"{path}: {name!r} stands there {count} times", 2)
+                fail(f"{path}: {name!r} is there {count} times", 2)
         return dict(pairs)
 
     text = read_file(path, "--grid-config takes a name in grids/ or the path of a JSON file, but")
@@ -406,7 +406,7 @@ def check_game(path: Path, script: Script, settings: dict) -> None:
 
 
 def argument_words(name: str, value, annotation: str) -> str:
-    """The words of a shell command that give an argument its value; none for None, which stands for the default."""
+    """The words of a shell command that give an argument its value; none for None, which means the default."""
     if value is None:
         return ""
     if annotation == "bool":
@@ -419,7 +419,7 @@ def argument_words(name: str, value, annotation: str) -> str:
 
 @functools.cache
 def checkpoint_name(path: str) -> str:
-    """What stands for a checkpoint in a run's name: its file's name, and a hash of its content."""
+    """A checkpoint in a run's name: the name of its file, and a hash of its content."""
     try:
         digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
     except OSError as error:
@@ -614,7 +614,7 @@ def training_progress(settings: dict) -> Progress:
 
 
 def dataset_progress(folder: Path, settings: dict) -> Progress:
-    """Of a dataset, from its metadata.json. Its mean return stands for the test return."""
+    """Of a dataset, from its metadata.json. Its mean return is shown as the test return."""
     if not (folder / "metadata.json").exists():
         return Progress(state_of(folder, done=False, started=False))
     metadata = json.loads((folder / "metadata.json").read_text("utf-8"))
@@ -935,7 +935,7 @@ def styles_of(methods: list) -> dict:
     palette = matplotlib.colormaps["tab10" if len(methods) <= 10 else "turbo"].resampled(max(10, len(methods)))
     if len(methods) == 1:
         return {methods[0]: (palette(0), 1.3)}
-    # Later lines are thinner, so that a line does not hide an earlier one on which it lies.
+    # Later lines are thinner, so that an earlier line of the same values can be seen behind them.
     widest, thinnest = (1.3, 0.7) if len(methods) > 6 else (2.6, 1.3)
     widths = np.linspace(widest, thinnest, len(methods))
     return {method: (palette(i), widths[i]) for i, method in enumerate(methods)}

@@ -387,7 +387,7 @@ def test_a_requeue_that_is_refused_says_how_to_go_on(cluster, tmp_path):
     (job,) = submit(tmp_path, grid, "--sbatch-arg", "no-requeue")
     assert ended(cluster, job) == {1: ("COMPLETED", "0:0"), 2: ("FAILED", "75:0")}
     last = (tmp_path / "slurm/generated/my_grid/logs" / f"{job}_2.log").read_text().splitlines()[-1]
-    assert last == "== not requeued; to go on: sbatch --array=2 slurm/generated/my_grid/array.sbatch"
+    assert last == "== not requeued; to continue: sbatch --array=2 slurm/generated/my_grid/array.sbatch"
 
 
 def test_a_cancelled_task_stays_cancelled_and_a_preempted_one_comes_back(cluster, tmp_path):

@@ -280,7 +280,8 @@ def fork_of(tmp_path, *fields):
 def test_a_number_is_named_as_its_annotation_has_it(tmp_path):
     """So that a default of 0 and a 0 in the grid name the same run."""
     fork = fork_of(tmp_path, "my_coef: float = 0", "my_count: int = 2")
-    plain = "coinrun-easy-200-ppo-lr0.0005-epoch3-mb8-v0.5-ha0.01"
+    fork.write_text(fork.read_text().replace("ent_coef: float = 0.01", "ent_coef: float = 0"))
+    plain = "coinrun-easy-200-ppo-lr0.0005-epoch3-mb8-v0.5-ha0.0"
     for value, named in ((0, ""), (0.0, ""), (1, "-my_coef1.0")):
         assert xpids(commands(tmp_path, write_grid(tmp_path, {"my_coef": [value]}, fork))) == [f"{plain}{named}_0"]
     assert xpids(commands(tmp_path, write_grid(tmp_path, {"my_count": [2.0]}, fork))) == [f"{plain}_0"]
