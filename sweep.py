@@ -255,7 +255,7 @@ def read_file(path: Path, name: str) -> str:
     except OSError as error:
         fail(f"{name} {path} cannot be read: {error.strerror}", 2)
     except UnicodeDecodeError:
-        fail(f"{name} {path} cannot be read: it is no text", 2)
+        fail(f"{name} {path} cannot be read: it is not text", 2)
 
 
 def write_file(path: Path, content: str) -> None:
@@ -432,7 +432,7 @@ def run_name(script: Script, settings: dict, swept: list) -> str:
 
     It depends on the run alone, not on the rest of the grid: an argument is in it if it differs from its default.
     """
-    if settings["xpid"] is not None:  # with the swept arguments, so that no two runs share a folder
+    if settings["xpid"] is not None:  # with the swept arguments, so that each run has a folder of its own
         words = [settings["xpid"]]
         others = swept
     else:
@@ -473,7 +473,7 @@ def configurations_of(args: Args, path: Path, grid: dict) -> list:
         fail(f"--num-samples is {args.num_samples}; {path} has {total} configurations", 2)
     generator = random.Random(args.sample_seed)
     picked = set()
-    while len(picked) < args.num_samples:  # the first ones stay when more are asked for
+    while len(picked) < args.num_samples:  # a larger number includes the first ones
         picked.add(generator.randrange(total))
     configurations = []
     for index in sorted(picked):
@@ -594,7 +594,7 @@ def run_folder(settings: dict) -> Path:
 
 
 def training_progress(settings: dict) -> Progress:
-    """Of a run in {model_saving_dir}/{env_id}/{xpid}/, from its progress.csv."""
+    """The progress of a training, from its progress.csv."""
     folder = run_folder(settings)
     curves = read_curves(folder / "progress.csv")
     finals = [path for path in folder.glob("final/*.pt") if re.fullmatch(r"model_-?\d+\.\d\d\.pt", path.name)]
@@ -614,7 +614,7 @@ def training_progress(settings: dict) -> Progress:
 
 
 def dataset_progress(folder: Path, settings: dict) -> Progress:
-    """Of a dataset, from its metadata.json. Its mean return is shown as the test return."""
+    """The progress of a dataset, from its metadata.json. Its mean return is shown as the test return."""
     if not (folder / "metadata.json").exists():
         return Progress(state_of(folder, done=False, started=False))
     metadata = json.loads((folder / "metadata.json").read_text("utf-8"))
@@ -629,7 +629,7 @@ def dataset_progress(folder: Path, settings: dict) -> Progress:
 
 
 def collection_progress(settings: dict) -> Progress:
-    """Of a command that collects. With a ratio it does so from every run of a game, and all datasets count."""
+    """The progress of a command that collects: with a ratio, of the datasets from all runs of its game."""
     if settings.get("ratio") is None:
         return dataset_progress(Path(settings["dataset_saving_dir"]), settings)
     # The script skips the other runs.
@@ -691,7 +691,7 @@ def read_progress(run: Run) -> Progress:
         if "xpid" in run.settings:
             return training_progress(run.settings)
         return collection_progress(run.settings)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:  # whatever is in the files
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:  # the files may contain anything
         return Progress("damaged", reason=f"{type(error).__name__}: {error}")
 
 
@@ -1009,8 +1009,8 @@ def plot(runs: list, output: Path, reference: dict) -> None:
     add_legend(figure, styles, has_seeds, has_reference=bool(reference))
     output.parent.mkdir(parents=True, exist_ok=True)
     try:
-        figure.savefig(output, dpi=200, bbox_inches="tight")  # which makes room for the legend
-    except ValueError as error:  # of matplotlib, about the suffix
+        figure.savefig(output, dpi=200, bbox_inches="tight")  # "tight" makes room for the legend
+    except ValueError as error:  # matplotlib does not know the suffix
         fail(f"--output {output}: {error}", 2)
     table, _ = summarise(runs, progress_of(runs))
     write_csv(output.with_suffix(".csv"), table)
@@ -1030,7 +1030,7 @@ def say(message: str) -> None:
 
 
 def gpus_here(args: Args) -> list:
-    """What CUDA_VISIBLE_DEVICES is set to for each worker in turn; empty to leave it alone."""
+    """The GPUs to deal out to the workers, or an empty list to leave CUDA_VISIBLE_DEVICES alone."""
     if args.gpus is not None:
         return args.gpus.split(",")
     if "CUDA_VISIBLE_DEVICES" in os.environ:
@@ -1210,7 +1210,7 @@ def write_sbatch(args: Args, runs: list) -> list:
         values["offset"] = offset
         values["file"] = path
         files[path] = re.sub(r"{{\s*(\w+)\s*}}", lambda match: str(values[match[1]]), template)
-    for leftover in set(folder.glob("array*.sbatch")) - files.keys():  # of a call that made more files
+    for leftover in set(folder.glob("array*.sbatch")) - files.keys():  # an earlier call made more files
         leftover.unlink()
     write_file(folder / "commands.txt", commands)
     write_file(folder / "logs" / ".keep", "")  # sbatch does not make the folder
@@ -1223,7 +1223,7 @@ def write_sbatch(args: Args, runs: list) -> list:
 
 
 def submit(paths: list) -> None:
-    os.environ.pop("SLURM_RESTART_COUNT", None)  # of a job that submits: its jobs would inherit it
+    os.environ.pop("SLURM_RESTART_COUNT", None)  # set in a job that submits; its jobs would inherit it
     for i, path in enumerate(paths):
         result = subprocess.run(["sbatch", "--parsable", path], capture_output=True, text=True)
         if result.returncode:
@@ -1265,7 +1265,7 @@ def task_commands(path: Path, index: int) -> list:
     try:
         commands = (path.parent / "commands.txt").read_text("utf-8").splitlines()
         variables = dict(re.findall(r"^(offset|runs_per_task)=(\d+)$", path.read_text("utf-8"), re.MULTILINE))
-    except OSError:  # another sweep's, long gone
+    except OSError:  # the folder was removed
         return []
     size = int(variables.get("runs_per_task", 1))
     first = (int(variables.get("offset", 0)) + index - 1) * size
@@ -1316,7 +1316,7 @@ def main() -> int:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C without a traceback
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # nor one if the reader, such as head, has had enough
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # nor one if a reader such as head closes the pipe
     try:
         code = main()
     except ModuleNotFoundError as error:
