@@ -13,7 +13,7 @@ import pytest
 import slurm_cluster
 import torch
 from conftest import assert_one_line
-from test_sweep import PROJECT, TINY, commands, rows, run_sweep, write_grid, write_script
+from test_sweep import PROJECT, TINY, commands, rows, run_sweep, trainers_arguments, write_grid, write_script
 
 import sweep
 
@@ -439,9 +439,7 @@ def accounting(cluster):
 
 def test_status_shows_why_runs_stopped(accounting, tmp_path):
     """Of a run with two tasks the last one counts. One task waits, and has no log; another sweep's are not ours."""
-    script = "import sys, time\nfrom dataclasses import dataclass\n"
-    source = PROJECT.joinpath("ppo_procgen.py").read_text()
-    script += source[source.index("@dataclass\nclass Args") : source.index("MAX_LEVEL =")]
+    script = trainers_arguments() + "import sys, time\n"
     script += "print('a last line', flush=True)\nsys.exit(4) if 'maze' in sys.argv else time.sleep(300)\n"
     script = write_script(tmp_path, script, "ppo_procgen.py")
     (tmp_path / "another").mkdir()

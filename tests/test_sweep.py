@@ -1,5 +1,6 @@
 """The specification of sweep.py, but for what Slurm does with its files: test_slurm.py."""
 
+import ast
 import csv
 import errno
 import fcntl
@@ -62,6 +63,15 @@ def write_grid(folder, grid, script="ppo_procgen.py", name="my_grid"):
 def write_script(folder, text=NOTE_ARGUMENTS, name="note.py"):
     (folder / name).write_text(text)
     return folder / name
+
+
+def trainers_arguments():
+    """The beginning of a script that has the arguments of ppo_procgen.py, and does what follows at once."""
+    source = PROJECT.joinpath("ppo_procgen.py").read_text()
+    nodes = [ast.get_source_segment(source, node) for node in ast.parse(source).body]
+    wanted = [node for node in nodes if node.startswith(("class Args", "FREE_ARGUMENTS"))]
+    assert len(wanted) == 2
+    return "\n".join(["from __future__ import annotations", *wanted, ""])
 
 
 def run_sweep(folder, *arguments):
@@ -864,9 +874,7 @@ def test_a_reader_that_has_gone_does_not_end_the_sweep(tmp_path):
 def test_a_run_in_use_is_not_started_and_not_counted_as_failed(tmp_path):
     """One is locked, as by a training; another's process is still importing, and has no lock yet."""
     script = "import sys, time\nif '--hidden-size' not in sys.argv:\n    time.sleep(60)\n"
-    source = PROJECT.joinpath("ppo_procgen.py").read_text()
-    args = source[source.index("@dataclass\nclass Args") : source.index("MAX_LEVEL =")]
-    script = write_script(tmp_path, f"{script}from dataclasses import dataclass\n{args}", "ppo_procgen.py")
+    script = write_script(tmp_path, trainers_arguments() + script, "ppo_procgen.py")
     grid = write_grid(tmp_path, {"env_id": ["maze", "miner"], "total_timesteps": [32768]}, script)
     locked, importing = commands(tmp_path, grid, "--python", sys.executable)
     folder = tmp_path / "models" / "maze" / xpids([locked])[0]
@@ -893,11 +901,9 @@ def test_a_run_that_another_process_took_first_is_in_use(tmp_path):
     locks = "import fcntl, os, subprocess, sys, time\n"
     locks += "folder = f'models/maze/{sys.argv[-1]}'\nos.makedirs(folder)\nfile = open(f'{folder}/.lock', 'w')\n"
     locks += (
-        "fcntl.flock(file, fcntl.LOCK_EX)\nsubprocess.Popen(['sleep', '8'], pass_fds=[file.fileno()])\nsys.exit(1)\n"
+        "fcntl.flock(file, fcntl.LOCK_EX)\nsubprocess.Popen(['sleep', '30'], pass_fds=[file.fileno()])\nsys.exit(1)\n"
     )
-    source = PROJECT.joinpath("ppo_procgen.py").read_text()
-    args = source[source.index("@dataclass\nclass Args") : source.index("MAX_LEVEL =")]
-    script = write_script(tmp_path, f"from dataclasses import dataclass\n{args}{locks}", "ppo_procgen.py")
+    script = write_script(tmp_path, trainers_arguments() + locks, "ppo_procgen.py")
     grid = write_grid(tmp_path, {"env_id": ["maze"], "total_timesteps": [32768]}, script)
     process = start_sweep(tmp_path, grid)
     assert "0 failed, 0 stopped, 1 in use" in process.communicate()[0] and process.returncode == 75
