@@ -1,5 +1,6 @@
-"""Expands a grid of arguments into commands and runs them, here or on a Slurm cluster; shows how far they have come.
+"""Expands a grid of arguments into commands and runs them, here or on a Slurm cluster; shows their progress.
 
+    python sweep.py --grid-config smoke --action local                             # try it: four small trainings
     python sweep.py --grid-config ppo --num-trials 5                               # print the commands
     python sweep.py --grid-config ppo --num-trials 5 --action save                 # write them to ppo.txt
     python sweep.py --grid-config ppo --num-trials 5 --action local --workers 4    # run them here, four at a time
@@ -13,8 +14,13 @@ Exit codes: 0 done, 1 failed, 2 bad arguments or a bad grid, 3 (status) not ever
 
 import ast
 import csv
+import difflib
+import errno
 import fcntl
+import functools
+import hashlib
 import io
+import itertools
 import json
 import math
 import os
@@ -23,7 +29,6 @@ import re
 import shlex
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import textwrap
@@ -50,19 +55,20 @@ class Args:
     num_samples: int | None = None  # take so many random configurations instead of all
     sample_seed: int = 0  # which ones --num-samples takes
     only_missing: bool = False  # leave out what is finished or running
-    python: str = "python"  # interpreter in the commands; several words if need be, such as "nice -n 19 python"
+    python: str | None = None  # interpreter, such as "nice -n 19 python"; default: python, or with local sweep.py's own
     output: str | None = None  # save, plot: the file to write; by default {name of the grid}.txt or .png
     reference: str | None = None  # plot: a CSV of published runs to draw as a grey band; see README.md
 
-    verbose: bool = False  # status: show the newest log of each unfinished run, and its last line
+    verbose: bool = False  # status: show why unfinished runs stopped: their Slurm task and the end of their log
     csv: str | None = None  # status: write the table to this file as well
 
     workers: int = 1  # local: commands at the same time, sharing the cores
-    gpus: str | None = None  # local: GPUs to spread the workers over, such as 0,1,2; by default CUDA_VISIBLE_DEVICES
+    gpus: str | None = None  # local: GPUs to deal out, such as 0,1,2; by default CUDA_VISIBLE_DEVICES, or else all
 
     job_name: str | None = None  # local, slurm: names the folder of the logs; by default the name of the grid
     submit: bool = False  # slurm: call sbatch
-    runs_per_task: int = 1  # slurm: commands side by side in one array task
+    runs_per_task: int = 1  # slurm: commands in one array task
+    side_by_side: int | None = None  # slurm: how many of them run at the same time; by default all
     max_parallel: int | None = None  # slurm: array tasks at the same time
     max_restarts: int = 100  # slurm: times that a task is requeued after a signal
     max_array_size: int | None = None  # slurm: MaxArraySize of the cluster; by default scontrol is asked, else 1001
@@ -74,23 +80,49 @@ class Args:
     constraint: str | None = None  # slurm: features that the node must have
     time: str | None = None  # slurm: time limit, such as 12:00:00
     mem: str | None = None  # slurm: memory, such as 16G
-    cpus_per_task: int | None = None  # slurm: cores, shared by the commands of a task
+    cpus_per_task: int | None = None  # slurm: cores, shared by the commands that run side by side
     gpus_per_task: str | None = None  # slurm: GPUs, such as 1 or a100:1, dealt out to the commands of a task
     dependency: str | None = None  # slurm: what to wait for, such as afterany:ID of another sweep
     sbatch_arg: Repeated = ()  # slurm: any other option of sbatch, such as mail-type=END
 
 
-ACTIONS = ("print", "save", "local", "slurm", "status", "plot")
-# The actions that a flag is for. Those from submit on are for slurm; those that are not here fit all.
-FLAGS = {"only_missing": "print save local slurm", "output": "save plot", "verbose": "status", "csv": "status"}
-FLAGS |= {"reference": "plot", "workers": "local", "gpus": "local", "job_name": "local slurm"}
-NAMES = [field.name for field in fields(Args)]
-FLAGS |= dict.fromkeys(NAMES[NAMES.index("submit") :], "slurm")
-SBATCH_OPTIONS = NAMES[NAMES.index("partition") : NAMES.index("sbatch_arg")]
-# What decides where collect_procgen.py writes.
-DATASET_ARGUMENTS = "env_id ratio ratio_checkpoint_dir ratio_dataset_dir checkpoint dataset_saving_dir".split()
+SBATCH_OPTIONS = (
+    "partition", "account", "qos", "constraint", "time", "mem", "cpus_per_task", "gpus_per_task", "dependency",
+)  # fmt: skip
+FLAGS_OF_ACTION = {  # a flag that is not listed fits every action
+    "print": ("only_missing",),
+    "save": ("only_missing", "output"),
+    "local": ("only_missing", "workers", "gpus", "job_name"),
+    "slurm": (
+        "only_missing", "job_name", "submit", "runs_per_task", "side_by_side", "max_parallel", "max_restarts",
+        "max_array_size", "template", "setup", "sbatch_arg", *SBATCH_OPTIONS,
+    ),
+    "status": ("verbose", "csv"),
+    "plot": ("output", "reference"),
+}  # fmt: skip
+SMALLEST = {
+    "num_trials": 1, "start_index": 0, "num_samples": 1, "workers": 1, "runs_per_task": 1, "side_by_side": 1,
+    "max_parallel": 1, "max_restarts": 0, "max_array_size": 2, "cpus_per_task": 1,
+}  # fmt: skip
+# The annotations of a script's arguments that a grid can set, each also with " | None", and the types of their values.
+TYPES = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}
+# Arguments that every name of a run has, and what precedes their values.
+SHORT_NAMES = {
+    "learning_rate": "lr", "update_epochs": "epoch", "num_minibatches": "mb", "vf_coef": "v", "ent_coef": "ha",
+}  # fmt: skip
+# gen_dgrl's names of arguments.
+GEN_DGRL_NAMES = {
+    "env_name": "env_id", "num_processes": "num_envs", "num_env_steps": "total_timesteps", "ppo_epoch": "update_epochs",
+    "num_mini_batch": "num_minibatches", "clip_param": "clip_coef", "entropy_coef": "ent_coef", "lr": "learning_rate",
+    "value_loss_coef": "vf_coef", "eps": "adam_eps", "checkpoint_path": "checkpoint", "log_wandb": "track",
+}  # fmt: skip
+# The arguments that decide where collect_procgen.py writes.
+DATASET_ARGUMENTS = (
+    "env_id", "ratio", "ratio_checkpoint_dir", "ratio_dataset_dir", "checkpoint", "dataset_saving_dir",
+)  # fmt: skip
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 EXIT_STOPPED = 75  # of a script that was stopped by a signal with everything saved
-UNSAFE = "[\0-\x1f\x7f-\x9f\ud800-\udfff]"  # control characters, and what is no text
+UNSAFE = "[\0-\x1f\x7f-\x9f\ud800-\udfff]"  # control characters, and halves of surrogate pairs
 HERE = Path(__file__).parent
 # Return ranges of Cobbe et al. 2020, appendix C, for the normalised return (R - min) / (max - min).
 RANGES = {
@@ -107,14 +139,35 @@ RANGES = {
         "starpilot": (1.5, 35),
     },
 }  # fmt: skip
+GAMES = tuple(RANGES["easy"])
+# All games have the modes easy and hard. These have more.
+EXTRA_MODES = {
+    "extreme": ("chaser", "dodgeball", "leaper", "starpilot"),
+    "memory": ("caveflyer", "dodgeball", "heist", "jumper", "maze", "miner"),
+    "exploration": ("caveflyer", "climber", "coinrun", "heist", "jumper", "leaper", "maze", "ninja"),
+}
+
+
+class Argument(NamedTuple):
+    """A field of a script's class Args, as its source has it."""
+
+    annotation: str
+    default: object  # None if it is computed
+    is_constant: bool
+
+
+class Script(NamedTuple):
+    path: Path
+    arguments: dict  # {name: Argument}
+    free: tuple  # arguments that do not affect the result: a run's name has them only if they are swept
 
 
 class Run(NamedTuple):
     command: str
-    name: str  # the xpid, or the place in the sweep of a script that has none
-    configuration: str  # the swept arguments but for the seed, as status shows them
+    name: str  # the xpid, or for a script without xpids the number of the command
+    configuration: str  # the swept arguments without the seed, as status shows them
     method: str  # the same without the game
-    settings: dict  # every argument of the script; if the grid has it not, its default, or None if that is computed
+    settings: dict  # {name: value} of every argument of the script
 
 
 class Progress(NamedTuple):
@@ -127,6 +180,7 @@ class Progress(NamedTuple):
 
 
 STATES = ("done", "running", "stopped", "not started", "damaged")
+OUTCOMES = ("done", "failed", "stopped", "in use", "not started")  # of a command that runs here
 
 
 def fail(message: str, code: int = 1) -> NoReturn:
@@ -135,41 +189,73 @@ def fail(message: str, code: int = 1) -> NoReturn:
     sys.exit(code)
 
 
+def flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
 def check_args(args: Args) -> None:
     """Exit with code 2 and one line that names the flag, its value and what would be right."""
 
     def require(condition, name, wanted):
         if not condition:
-            fail(f"--{name.replace('_', '-')} is {getattr(args, name)!r}; it must be {wanted}", 2)
+            fail(f"{flag(name)} is {getattr(args, name)!r}; it must be {wanted}", 2)
 
-    require(args.action in ACTIONS, "action", f"one of {', '.join(ACTIONS)}")
+    require(args.action in FLAGS_OF_ACTION, "action", f"one of {', '.join(FLAGS_OF_ACTION)}")
     for field in fields(Args):
-        actions = FLAGS.get(field.name, args.action).split()
-        fits = args.action in actions or getattr(args, field.name) == field.default
-        require(fits, field.name, f"left out here: it is for --action {' and '.join(actions)}")
-    smallest = dict.fromkeys("num_trials num_samples workers runs_per_task max_parallel cpus_per_task".split(), 1)
-    for name, least in {**smallest, "start_index": 0, "max_restarts": 0, "max_array_size": 2}.items():
-        require(getattr(args, name) is None or getattr(args, name) >= least, name, f"at least {least}")
-    require(args.job_name is None or re.fullmatch(r"\w[\w.+-]*", args.job_name), "job_name", "letters, digits and .+-_")
-    require(args.gpus is None or re.fullmatch(r"[\w/-]+(,[\w/-]+)*", args.gpus), "gpus", "numbers, such as 0,1,2")
+        actions = [action for action, flags in FLAGS_OF_ACTION.items() if field.name in flags]
+        if actions and args.action not in actions:
+            is_default = getattr(args, field.name) == field.default
+            require(is_default, field.name, f"left out here: it is for --action {' and '.join(actions)}")
+    for name, smallest in SMALLEST.items():
+        value = getattr(args, name)
+        require(value is None or value >= smallest, name, f"at least {smallest}")
+    if args.job_name is not None:
+        require(re.fullmatch(r"\w[\w.+-]*", args.job_name), "job_name", "letters, digits and .+-_")
+    if args.gpus is not None:
+        require(re.fullmatch(r"[\w/-]+(,[\w/-]+)*", args.gpus), "gpus", "numbers, such as 0,1,2")
     for name in (*SBATCH_OPTIONS, "sbatch_arg"):
-        words = "".join(args.sbatch_arg) if name == "sbatch_arg" else str(getattr(args, name))
+        words = str(getattr(args, name))
+        if name == "sbatch_arg":
+            words = "".join(args.sbatch_arg)
         require(not re.search(f'"|{UNSAFE}', words), name, 'free of " and line ends')
-    try:
-        words = shlex.split(args.python)
-    except ValueError:  # a quote is open
-        words = []
-    require(words and not re.search(UNSAFE, args.python), "python", "a command, such as python or 'nice -n 19 python'")
-    require(args.action != "local" or shutil.which(words[0]), "python", "a program that can be found here")
+    if args.time is not None:
+        minutes = parse_time_limit(args.time)
+        formats = "minutes, hours:minutes:seconds, days-hours or days-hours:minutes:seconds"
+        require(minutes is not None, "time", formats)
+        # SIGUSR2 comes two minutes before the limit, and a script needs time to start.
+        require(minutes == 0 or minutes >= 5, "time", "at least 5 minutes, or the warning comes as the run starts")
+    if args.python is not None:
+        try:
+            words = shlex.split(args.python)
+        except ValueError:  # a quote is open
+            words = []
+        wanted = "a command, such as python or 'nice -n 19 python'"
+        require(words and not re.search(UNSAFE, args.python), "python", wanted)
+        require(args.action != "local" or shutil.which(words[0]), "python", "a program that can be found here")
     if args.submit and not shutil.which("sbatch"):
         fail("--submit needs sbatch, which is not installed here; leave it out, and submit where it is", 2)
+
+
+def parse_time_limit(limit: str) -> float | None:
+    """Minutes of a limit in one of sbatch's formats, 0 for none, or None if it is in no such format."""
+    if limit.upper() in ("INFINITE", "UNLIMITED"):
+        return 0
+    match = re.fullmatch(r"(\d+-)?(\d+)(:\d+)?(:\d+)?", limit)
+    if match is None:
+        return None
+    days, *numbers = (int((group or "0").strip(":-")) for group in match.groups())
+    starts_with_hours = match[1] or match[4]  # otherwise it is minutes or minutes:seconds
+    hours, minutes, seconds = numbers if starts_with_hours else (0, *numbers[:2])
+    return days * 1440 + hours * 60 + minutes + seconds / 60
 
 
 def read_file(path: Path, name: str) -> str:
     try:
         return path.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        fail(f"{name} {path} cannot be read: {getattr(error, 'strerror', 'it is no text')}", 2)
+    except OSError as error:
+        fail(f"{name} {path} cannot be read: {error.strerror}", 2)
+    except UnicodeDecodeError:
+        fail(f"{name} {path} cannot be read: it is not text", 2)
 
 
 def write_file(path: Path, content: str) -> None:
@@ -180,184 +266,280 @@ def write_file(path: Path, content: str) -> None:
         fail(f"{path} could not be written: {error.strerror}")
 
 
-def find(path: str) -> Path:
+def resolve_path(path: str) -> Path:
     """A file of the current folder or else of the one that this script is in."""
     return Path(path) if os.path.exists(path) else HERE / path
+
+
+def did_you_mean(word: str, known) -> str:
+    """The end of a message about a word that is not known."""
+    similar = difflib.get_close_matches(word, known, n=1)
+    if GEN_DGRL_NAMES.get(word) in known:
+        similar = [GEN_DGRL_NAMES[word]]
+    return f"; did you mean {similar[0]}?" if similar else ""
 
 
 # FROM A GRID TO RUNS
 
 
-def read_script(script: Path) -> tuple:
-    """Read a script without running it: {name: (annotation, default)} of the fields of Args, and its FREE_ARGUMENTS.
-
-    The latter have no part in the result, so they stand in a run's name only if they are swept. What agent_from is by
-    default, AGENT_OF says.
-    """
+def read_script(path: Path) -> Script:
+    """Read the class Args and FREE_ARGUMENTS in a script's source. The script is not run."""
     try:
-        tree = ast.parse(read_file(script, "the grid's script"), str(script))
+        tree = ast.parse(read_file(path, "the grid's script"), str(path))
     except (ValueError, SyntaxError) as error:
-        fail(f"the grid's script {script} is no Python: {error}", 2)
+        fail(f"the grid's script {path} is no Python: {error}", 2)
     classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
-    arguments, free = {}, ("resume",)
+    arguments = {}
 
-    def add_fields(name):
-        if name not in classes:
-            fail(f"the grid's script {script} has no class {name}, whose fields would be its arguments", 2)
-        for base in classes[name].bases:
+    def add_fields(class_name):
+        if class_name not in classes:
+            fail(f"the grid's script {path} has no class {class_name}, whose fields would be its arguments", 2)
+        for base in classes[class_name].bases:
             add_fields(ast.unparse(base))
-        for node in classes[name].body:
+        for node in classes[class_name].body:
             if isinstance(node, ast.AnnAssign):
-                try:
-                    default = ast.literal_eval(node.value)
-                except (ValueError, TypeError):  # no default, or one that is computed
-                    default = None
-                arguments[node.target.id] = (ast.unparse(node.annotation), default)
+                arguments[ast.unparse(node.target)] = read_argument(node)
 
     add_fields("Args")
+    constants = {"FREE_ARGUMENTS": ("resume",), "AGENT_OF": None}
     for node in tree.body:
-        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
-        for name in {"FREE_ARGUMENTS", "AGENT_OF"} & {ast.unparse(target) for target in targets if target}:
-            try:
-                value = ast.literal_eval(node if isinstance(node, ast.AugAssign) else node.value)
-            except ValueError:
-                fail(f"the grid's script {script}: {name} must be written out in one piece", 2)
-            if name == "FREE_ARGUMENTS":
-                free = value
-            elif "agent_from" in arguments:
-                arguments["agent_from"] = (arguments["agent_from"][0], value)
-    return arguments, free
+        if isinstance(node, (ast.Assign, ast.AnnAssign, ast.AugAssign)):
+            target = ast.unparse(node.targets[0] if isinstance(node, ast.Assign) else node.target)
+            if target in constants:
+                try:
+                    constants[target] = ast.literal_eval(node if isinstance(node, ast.AugAssign) else node.value)
+                except ValueError:  # of an AugAssign, too
+                    fail(f"the grid's script {path}: {target} must be written out in one piece", 2)
+    if "agent_from" in arguments:  # by default the script that AGENT_OF names
+        arguments["agent_from"] = arguments["agent_from"]._replace(default=constants["AGENT_OF"])
+    return Script(path, arguments, constants["FREE_ARGUMENTS"])
+
+
+def read_argument(node: ast.AnnAssign) -> Argument:
+    annotation = ast.unparse(node.annotation)
+    try:
+        return Argument(annotation, as_annotated(ast.literal_eval(node.value), annotation), is_constant=True)
+    except (ValueError, TypeError):  # it is computed, or there is none
+        return Argument(annotation, None, is_constant=False)
+
+
+def as_annotated(value, annotation: str):
+    """A number as the script will see it: a float for a float, and an int for an int that JSON has as 25e6."""
+    is_number = type(value) in (int, float)
+    if is_number and annotation.startswith("float"):
+        return float(value)
+    if is_number and annotation.startswith("int") and value == int(value):
+        return int(value)
+    return value
 
 
 def read_grid(path: Path) -> tuple:
-    """The script's path, its arguments, which of them are free, and the lists of a grid file.
-
-    Exits with code 2 and one line that says what is wrong where.
-    """
+    """The Script of a grid file and its lists of values, {name: values}. A mistake is one line and exit code 2."""
 
     def as_dict(pairs):
-        names = [name for name, _ in pairs]
-        for name in names:
-            if names.count(name) > 1:
-                fail(f"{path}: {name!r} stands there {names.count(name)} times", 2)
+        counts = Counter(name for name, _ in pairs)
+        for name, count in counts.items():
+            if count > 1:
+                fail(f"{path}: {name!r} is there {count} times", 2)
         return dict(pairs)
 
     text = read_file(path, "--grid-config takes a name in grids/ or the path of a JSON file, but")
     try:
-        grid = json.loads(text, object_pairs_hook=as_dict)
+        content = json.loads(text, object_pairs_hook=as_dict)
     except (ValueError, RecursionError) as error:
         fail(f"{path} is no JSON: {error}", 2)
-    if not isinstance(grid, dict) or grid.keys() != {"script", "grid"} or not isinstance(grid["grid"], dict):
+    is_grid = isinstance(content, dict) and content.keys() == {"script", "grid"}
+    if not is_grid or not isinstance(content["grid"], dict):
         fail(f'{path}: it must be {{"script": "ppo_procgen.py", "grid": {{"env_id": ["miner"], ...}}}}', 2)
-    script = find(str(grid["script"]))
-    arguments, free = read_script(script)
-    for name, values in grid["grid"].items():
-        if name not in arguments:
-            fail(f"{path}: {script} has no argument {name!r}; it has {', '.join(arguments)}", 2)
+    script = read_script(resolve_path(str(content["script"])))
+    grid = {}
+    for name, values in content["grid"].items():
+        if name not in script.arguments:
+            known = ", ".join(script.arguments)
+            hint = did_you_mean(name, script.arguments)
+            fail(f"{path}: {script.path} has no argument {name!r}{hint}; it has {known}", 2)
         if not isinstance(values, list) or not values:
             fail(f"{path}: {name!r} is {json.dumps(values)}; it must be a list of one or more values", 2)
-        values[:] = [check_value(path, name, value, arguments[name][0]) for value in values]
-    return script, arguments, free, grid["grid"]
+        annotation = script.arguments[name].annotation
+        type_name = annotation.removesuffix(" | None")
+        if type_name not in TYPES and not type_name.startswith("Literal["):
+            wanted = "a grid can set int, float, bool, str and Literal, and each of these | None"
+            fail(f"{path}: {name!r} is annotated as {annotation} in {script.path}; {wanted}", 2)
+        for value in values:
+            check_value(path, name, value, type_name)
+        grid[name] = [as_annotated(value, annotation) for value in values]
+    return script, grid
 
 
-def check_value(path: Path, name: str, value, annotation: str):
-    """The value as the script will see it."""
-    if annotation.startswith("int") and isinstance(value, float) and value.is_integer():
-        value = int(value)  # JSON's 25e6
-    types = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}
-    scalars = (int, float, bool, str)  # of other annotations the script itself is the judge
-    if value is not None and type(value) not in types.get(annotation.replace(" | None", ""), scalars):
-        wanted = "a number, string, boolean or null" if isinstance(value, (list, dict)) else annotation
-        fail(f"{path}: {name!r} is {json.dumps(value)}; {wanted} is wanted", 2)
+def check_value(path: Path, name: str, value, type_name: str) -> None:
+    """Exit with code 2 and one line if a value of a grid is not of its argument's type. null is the default."""
+    if value is None:
+        return
+    if type_name.startswith("Literal["):
+        is_valid = value in ast.literal_eval(type_name.removeprefix("Literal"))
+    elif type_name == "int" and isinstance(value, float):
+        is_valid = value.is_integer()
+    else:
+        is_valid = type(value) in TYPES[type_name]
     if isinstance(value, (int, float)) and not -1e308 < value < 1e308:
         fail(f"{path}: {name!r} is {json.dumps(value)[:20]}; a finite number is wanted", 2)
+    if not is_valid:
+        fail(f"{path}: {name!r} is {json.dumps(value)}; {type_name} is wanted", 2)
     if isinstance(value, str) and re.search(UNSAFE, value):
         fail(f"{path}: {name!r} is {json.dumps(value)}; it must be text without control characters", 2)
-    return float(value) if annotation.startswith("float") and value is not None else value
 
 
-def flag(name: str, value, annotation: str) -> str:
-    """The words of a shell command that give an argument its value; none for None, which stands for the default."""
-    name = f"--{name.replace('_', '-')}"
+def check_game(path: Path, script: Script, settings: dict) -> None:
+    """Exit with code 2 and one line if Procgen does not have this game, or the game not this mode."""
+    env_id, mode = settings.get("env_id"), settings.get("distribution_mode")
+    if "env_id" not in script.arguments or script.arguments["env_id"].default not in (None, *GAMES):
+        return  # a script for other games
+    if env_id is not None and env_id not in GAMES:
+        fail(f"{path}: 'env_id' is {env_id!r}{did_you_mean(env_id, GAMES)}; the games are {', '.join(GAMES)}", 2)
+    modes = ["easy", "hard"]
+    for extra_mode, games in EXTRA_MODES.items():
+        if env_id is None or env_id in games:
+            modes.append(extra_mode)
+    if mode is not None and mode not in modes:
+        game = env_id or "any game"
+        fail(f"{path}: 'distribution_mode' is {mode!r}; it must be one of {', '.join(modes)} for {game}", 2)
+
+
+def argument_words(name: str, value, annotation: str) -> str:
+    """The words of a shell command that give an argument its value; none for None, which means the default."""
     if value is None:
         return ""
     if annotation == "bool":
-        return name if value else name.replace("--", "--no-", 1)
+        return flag(name) if value else flag(f"no_{name}")
     word = shlex.quote(str(value))
-    return f"{name}={word}" if str(value).startswith("-") else f"{name} {word}"
+    if str(value).startswith("-"):
+        return f"{flag(name)}={word}"
+    return f"{flag(name)} {word}"
 
 
-def run_name(script: Path, arguments: dict, free: tuple, settings: dict, swept: list) -> str:
-    """A run's name but for the seed: the script's default one, and the free arguments that are swept.
+@functools.cache
+def checkpoint_name(path: str) -> str:
+    """A checkpoint in a run's name: the name of its file, and a hash of its content."""
+    try:
+        digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    except OSError as error:
+        fail(f"the grid's checkpoint {path} cannot be read: {error.strerror}; it is named by its content", 2)
+    return f"{Path(path).stem[:40]}-{digest[:8]}"
 
-    It depends on the run alone, not on what else is in the grid: what differs from its default is named, swept or not.
+
+def run_name(script: Script, settings: dict, swept: list) -> str:
+    """A run's name without its seed: the script's default one, and the free arguments that are swept.
+
+    It depends on the run alone, not on the rest of the grid: an argument is in it if it differs from its default.
     """
-    algorithm = script.stem.removesuffix("_procgen")
-    parts = {"env_id": "", "distribution_mode": "-", "num_levels": "-", "": f"-{algorithm}", "learning_rate": "-lr"}
-    parts |= {"update_epochs": "-epoch", "num_minibatches": "-mb", "vf_coef": "-v", "ent_coef": "-ha"}
-    named = [name for name, (_, default) in arguments.items() if settings[name] != default]
-    named = [name for name in named if name not in free or name in swept]
-    if settings["xpid"] is not None:  # as the grid has it, and what is swept, so that no two runs share a folder
-        parts, named = {"xpid": ""}, swept
-    named = [name for name in named if name not in (*parts, "seed", "xpid")]
-    parts |= {name: f"-{name}" for name in named}
-    words = [f"{part}{settings.get(name, '')}" for name, part in parts.items() if name in ("", *arguments)]
-    return quote("".join(words), safe="+")
+    if settings["xpid"] is not None:  # with the swept arguments, so that each run has a folder of its own
+        words = [settings["xpid"]]
+        others = swept
+    else:
+        words = [settings[name] for name in ("env_id", "distribution_mode", "num_levels") if name in settings]
+        words.append(script.path.stem.removesuffix("_procgen"))
+        words += [f"{short}{settings[name]}" for name, short in SHORT_NAMES.items() if name in settings]
+        named = ("env_id", "distribution_mode", "num_levels", *SHORT_NAMES)
+        others = []
+        for name, argument in script.arguments.items():
+            is_changed = settings[name] != argument.default
+            if is_changed and name not in named and (name not in script.free or name in swept):
+                others.append(name)
+    for name in others:
+        if name == "checkpoint" and settings[name] is not None:
+            words.append(f"checkpoint{checkpoint_name(settings[name])}")
+        elif name not in ("seed", "xpid"):
+            words.append(f"{name}{settings[name]}")
+    return quote("-".join(str(word) for word in words), safe="+")
+
+
+def seeds_of(args: Args, path: Path, script: Script, grid: dict) -> list:
+    """The seeds of each configuration: those of the grid, or the script's default, and the next num_trials - 1."""
+    default = script.arguments["seed"].default if "seed" in script.arguments else None
+    seeds = [default if seed is None else seed for seed in grid.get("seed", [None])]
+    if seeds == [None] and args.num_trials == 1 and args.start_index == 0 and "xpid" not in script.arguments:
+        return seeds  # the script chooses
+    if None in seeds:
+        fail(f'{path}: to count seeds up, whole numbers to begin with are needed, such as "seed": [0]', 2)
+    return [seed + args.start_index + trial for seed in seeds for trial in range(args.num_trials)]
+
+
+def configurations_of(args: Args, path: Path, grid: dict) -> list:
+    """The values of each configuration: the product of the grid's lists, the last one fastest, or samples of it."""
+    if args.num_samples is None:
+        return list(itertools.product(*grid.values()))
+    total = math.prod(len(values) for values in grid.values())
+    if args.num_samples > total:
+        fail(f"--num-samples is {args.num_samples}; {path} has {total} configurations", 2)
+    generator = random.Random(args.sample_seed)
+    picked = set()
+    while len(picked) < args.num_samples:  # a larger number includes the first ones
+        picked.add(generator.randrange(total))
+    configurations = []
+    for index in sorted(picked):
+        configuration = []
+        for values in reversed(grid.values()):
+            index, place = divmod(index, len(values))
+            configuration.insert(0, values[place])
+        configurations.append(configuration)
+    return configurations
 
 
 def expand(args: Args, path: Path) -> list:
-    """The runs of a grid: the product of its lists, the last one fastest, or samples of it, and of each the seeds."""
-    script, arguments, free, grid = read_grid(path)
-    if "resume" in arguments:
-        grid.setdefault("resume", [True])  # so that a command can be run again
-    if grid.get("xpid") == [None]:
-        del grid["xpid"]
-    seeds = grid.pop("seed", [arguments["seed"][1] if "seed" in arguments else None])
-    if all(type(seed) is int for seed in seeds):
-        seeds = [seed + args.start_index + trial for seed in seeds for trial in range(args.num_trials)]
-    elif seeds != [None] or args.num_trials > 1 or args.start_index:
-        fail(f'{path}: to count seeds up, whole numbers to begin with are needed, such as "seed": [0]', 2)
+    """The runs of a grid: every configuration with every seed."""
+    script, grid = read_grid(path)
+    defaults = {name: argument.default for name, argument in script.arguments.items()}
+    seeds = seeds_of(args, path, script, grid)
+    grid.pop("seed", None)
     for name, values in {**grid, "seed": seeds}.items():
-        effective = [arguments.get(name, (None, 0))[1] if value is None else value for value in values]
-        for value in effective:
-            if (count := effective.count(value)) > 1:
-                fail(f"{path}: {name!r} is {value!r} in {count} configurations that are otherwise equal", 2)
+        effective = [defaults.get(name) if value is None else value for value in values]
+        value, count = Counter(effective).most_common(1)[0]
+        if count > 1:
+            fail(f"{path}: {name!r} is {value!r} in {count} configurations that are otherwise equal", 2)
     swept = [name for name, values in grid.items() if len(values) > 1]
+    has_xpid = "xpid" in script.arguments
+    if has_xpid and grid.get("xpid", [None]) == [None]:
+        grid.pop("xpid", None)
+        for name, argument in script.arguments.items():
+            if not argument.is_constant and name not in script.free:
+                why = f"the default of {name} in {script.path} is not a constant, so a run's name is not known here"
+                fail(f'{path}: {why}; write it as one, or give the grid a name, "xpid": ["my_name"]', 2)
+    if "resume" in script.arguments:
+        grid.setdefault("resume", [True])  # so that a command can be run again
 
-    shape, picked = [len(values) for values in grid.values()], set()
-    if args.num_samples is not None:
-        if args.num_samples > math.prod(shape):
-            fail(f"--num-samples is {args.num_samples}; {path} has {math.prod(shape)} configurations", 2)
-        generator = random.Random(args.sample_seed)
-        while len(picked) < args.num_samples:  # the first ones stay when more are asked for
-            picked.add(generator.randrange(math.prod(shape)))
-
-    start = [shlex.join(shlex.split(args.python)), shlex.quote(str(script))]
-    defaults = {name: default for name, (_, default) in arguments.items()}
+    interpreter = args.python or ("python" if args.action != "local" else shlex.quote(sys.executable))
+    start = [shlex.join(shlex.split(interpreter)), shlex.quote(str(script.path))]
     runs, folders = [], set()
-    for index in sorted(picked) or range(math.prod(shape)):
-        places = np.unravel_index(index, shape) if shape else ()
-        given = {name: values[place] for (name, values), place in zip(grid.items(), places)}
-        words = [*start, *(flag(name, value, arguments[name][0]) for name, value in given.items() if name != "xpid")]
-        settings = defaults | {name: value for name, value in given.items() if value is not None}
+    for values in configurations_of(args, path, grid):
+        given = dict(zip(grid, values))
+        settings = {**defaults, **{name: value for name, value in given.items() if value is not None}}
+        check_game(path, script, settings)
+        words = list(start)
+        for name, value in given.items():
+            if name != "xpid":
+                words.append(argument_words(name, value, script.arguments[name].annotation))
         labels = {name: f"{name}={settings[name]}" for name in swept}
         configuration = " ".join(labels.values()) or path.stem
-        method = " ".join(label for name, label in labels.items() if name != "env_id")
-        xpid = run_name(script, arguments, free, settings, swept) if "xpid" in arguments else None
+        labels.pop("env_id", None)
+        method = " ".join(labels.values())
+        xpid = run_name(script, settings, swept) if has_xpid else None
         for seed in seeds:
-            settings = {**settings, "seed": seed}
-            command, name = [*words, flag("seed", seed, "int")], f"{path.stem}_{len(runs) + 1}"
-            if xpid is not None:
-                settings["xpid"] = name = f"{xpid}_{seed}"
+            run_settings = {**settings, "seed": seed}
+            run_words = [*words, argument_words("seed", seed, "int")]
+            name = f"{path.stem}_{len(runs) + 1}"
+            if has_xpid:
+                name = f"{xpid}_{seed}"
                 if len(name) > 200:  # quoted, so that a character is a byte
                     fail(f'{path}: the xpid {name} has more than 200 bytes; give the grid one, "xpid": ["short"]', 2)
-                command.append(flag("xpid", name, "str"))
+                run_settings["xpid"] = name
+                run_words.append(argument_words("xpid", name, "str"))
                 folders.add((settings.get("env_id"), name))
             elif settings.get("save_dataset"):
-                folders.add(tuple(map(settings.get, DATASET_ARGUMENTS)))
-            runs.append(Run(" ".join(filter(None, command)), name, configuration, method, settings))
+                folders.add(tuple(settings.get(argument) for argument in DATASET_ARGUMENTS))
+            command = " ".join(word for word in run_words if word)
+            runs.append(Run(command, name, configuration, method, run_settings))
     if folders and len(folders) < len(runs):
-        names = "xpid" if "xpid" in arguments else f"dataset, as that depends on {', '.join(DATASET_ARGUMENTS)} only"
+        names = "xpid" if has_xpid else f"dataset, as that depends on {', '.join(DATASET_ARGUMENTS)} only"
         fail(f"{path}: two commands would share a folder, as they have the same {names}", 2)
     return runs
 
@@ -367,32 +549,44 @@ def expand(args: Args, path: Path) -> list:
 
 def state_of(folder: Path, done: bool, started: bool) -> str:
     """One of STATES. The scripts wait a second for the lock of their folder, so asking does not get in their way."""
+    lock = folder / ".lock"
     try:
-        with open(folder / ".lock") as file:
+        with open(lock) as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # released as the file is closed
     except BlockingIOError:
         return "done" if done else "running"
-    except OSError:  # there is none
+    except FileNotFoundError:
         pass
-    return "done" if done else "stopped" if started else "not started"
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+            raise
+        why = f"its file system has no flock ({error.strerror}), so it is not known which runs are running"
+        fail(f"{lock} cannot be locked: {why}; put the runs on another file system")
+    if done:
+        return "done"
+    return "stopped" if started else "not started"
 
 
-COLUMNS = ("global_step", "charts/episodic_return", "charts/test_return")
+def read_curves(table: Path) -> np.ndarray:
+    """A row of steps, training return and test return (nan if none was measured) for each row of a progress.csv.
 
-
-def read_curves(table: Path, last: int | None = None) -> list:
-    """(steps, train return, test return or nan) of the rows of a progress.csv, or of those in its last bytes only."""
-    with open(table, "rb") as file:
-        names = file.readline().decode().strip().split(",")
-        columns = [names.index(name) for name in COLUMNS]
-        size = table.stat().st_size
-        if last is not None and size - last > file.tell():
-            file.seek(size - last)
-            file.readline()  # the rest of a row
-        rows = [line.split(",") for line in file.read().decode().splitlines(keepends=True)]
-    if any(len(row) != len(names) or not rows[-1][-1].endswith("\n") for row in rows):
-        raise ValueError("a row is cut off")
-    return [tuple(float(row[column]) for column in columns) for row in rows]
+    An unfinished last line, as a crash can leave one, and blank lines are left out.
+    """
+    try:
+        text = table.read_text("utf-8")
+    except FileNotFoundError:
+        text = ""
+    lines = text[: text.rfind("\n") + 1].splitlines()
+    rows = []
+    if lines:
+        names = lines[0].split(",")
+        columns = [names.index(name) for name in ("global_step", "charts/episodic_return", "charts/test_return")]
+        for line in filter(str.strip, lines[1:]):
+            values = line.split(",")
+            if len(values) != len(names):
+                raise ValueError(f"a row has {len(values)} fields instead of {len(names)}")
+            rows.append([float(values[column]) for column in columns])
+    return np.array(rows).reshape(-1, 3)
 
 
 def run_folder(settings: dict) -> Path:
@@ -400,104 +594,162 @@ def run_folder(settings: dict) -> Path:
 
 
 def training_progress(settings: dict) -> Progress:
-    """Of a run in {model_saving_dir}/{env_id}/{xpid}/, from the end of its progress.csv."""
+    """The progress of a training, from its progress.csv."""
     folder = run_folder(settings)
-    rows, tests = [], []
-    if (folder / "progress.csv").exists():
-        for last in (2**15, None):  # all of it only if no test is found near the end
-            rows = read_curves(folder / "progress.csv", last)
-            if tests := [test for *_, test in rows if not math.isnan(test)]:
-                break
-    steps, train_return, _ = rows[-1] if rows else (0, math.nan, None)
-    batch_size = settings["num_envs"] * settings["num_steps"]
-    total_steps = settings["total_timesteps"] // batch_size * batch_size
+    curves = read_curves(folder / "progress.csv")
     finals = [path for path in folder.glob("final/*.pt") if re.fullmatch(r"model_-?\d+\.\d\d\.pt", path.name)]
-    state = state_of(folder, steps >= total_steps and finals, (folder / "rolling" / "model.pt").exists())
+    batch_size = settings["num_envs"] * settings["num_steps"]
+    total_steps = max(1, settings["total_timesteps"] // batch_size) * batch_size
+    steps, train_return, test_return = 0, math.nan, math.nan
+    if len(curves):
+        steps, train_return = curves[-1, :2]
+        tests = curves[~np.isnan(curves[:, 2]), 2]
+        test_return = tests[-1] if len(tests) else math.nan
+    elif finals:  # the run has ended, and its table was lost; the return is in the file's name
+        steps, test_return = total_steps, float(finals[-1].stem.removeprefix("model_"))
+    is_done = steps >= total_steps and len(finals) > 0
+    state = state_of(folder, is_done, (folder / "rolling" / "model.pt").exists())
     game = (settings.get("distribution_mode"), settings["env_id"])
-    fraction = min(1.0, steps / max(total_steps, 1))
-    return Progress(state, fraction, train_return, tests[-1] if tests else math.nan, game)
+    return Progress(state, min(1.0, float(steps / total_steps)), float(train_return), float(test_return), game)
 
 
 def dataset_progress(folder: Path, settings: dict) -> Progress:
-    """Of a dataset, from its metadata.json. Its mean return stands for the test return."""
-    started = (folder / "metadata.json").exists()
-    wanted = ("episodes", "num_episodes") if settings.get("num_episodes") else ("steps", "total_timesteps")
-    metadata = json.loads((folder / "metadata.json").read_text("utf-8")) if started else {}
-    fraction = metadata.get(wanted[0], 0) / settings[wanted[1]]
-    mean = float(math.nan if metadata.get("return_mean") is None else metadata["return_mean"])
-    state = state_of(folder, bool(metadata.get("complete")) and fraction >= 1, started)
-    game = (metadata.get("distribution_mode"), metadata.get("env_id"))
-    return Progress(state, min(1.0, fraction), math.nan, mean, game)
+    """The progress of a dataset, from its metadata.json. Its mean return is shown as the test return."""
+    if not (folder / "metadata.json").exists():
+        return Progress(state_of(folder, done=False, started=False))
+    metadata = json.loads((folder / "metadata.json").read_text("utf-8"))
+    if settings.get("num_episodes"):
+        fraction = metadata["episodes"] / settings["num_episodes"]
+    else:
+        fraction = metadata["steps"] / settings["total_timesteps"]
+    mean = math.nan if metadata["return_mean"] is None else float(metadata["return_mean"])
+    state = state_of(folder, metadata["complete"] and fraction >= 1, started=True)
+    game = (metadata["distribution_mode"], metadata["env_id"])
+    return Progress(state, min(1.0, fraction), test_return=mean, game=game)
 
 
 def collection_progress(settings: dict) -> Progress:
-    """Of a command that collects: if it does from every run of a game, it is done when all its datasets are."""
+    """The progress of a command that collects: with a ratio, of the datasets from all runs of its game."""
     if settings.get("ratio") is None:
         return dataset_progress(Path(settings["dataset_saving_dir"]), settings)
-    needs = ("final",) if settings["ratio"] == 1 else ("final", "checkpoint")  # other runs are skipped by the script
-    runs = sorted(Path(settings["ratio_checkpoint_dir"], settings["env_id"]).glob("*/"))
-    runs = [run for run in runs if all(any(run.glob(f"{name}/*.pt")) for name in needs)]
-    if source := settings.get("agent_from"):  # a run has a copy of the script that made it
-        runs = [run for run in runs if (run / Path(source).name).exists()]
-    folders = [run / settings["ratio_dataset_dir"] / str(settings["ratio"]) for run in runs]
-    parts = [dataset_progress(folder, settings) for folder in folders] or [Progress("not started")]
-    states = {part.state for part in parts}
-    state = states.pop() if len(states) == 1 else "running" if "running" in states else "stopped"
-    returns = [part.test_return for part in parts if not math.isnan(part.test_return)]
-    mean = statistics.fmean(returns) if returns else math.nan
-    return Progress(state, statistics.fmean(part.fraction for part in parts), math.nan, mean, parts[0].game)
+    # The script skips the other runs.
+    needed = ["final"] if settings["ratio"] == 1 else ["final", "checkpoint"]
+    source = settings.get("agent_from")  # a run has a copy of the script that made it
+    datasets = []
+    for run in sorted(Path(settings["ratio_checkpoint_dir"], settings["env_id"]).glob("*/")):
+        has_checkpoints = all(any(run.glob(f"{name}/*.pt")) for name in needed)
+        if has_checkpoints and (source is None or (run / Path(source).name).exists()):
+            folder = run / settings["ratio_dataset_dir"] / str(settings["ratio"])
+            datasets.append(dataset_progress(folder, settings))
+    if not datasets:
+        return Progress("not started")
+    states = {dataset.state for dataset in datasets}
+    state = "running" if "running" in states else "stopped"
+    if len(states) == 1:
+        state = states.pop()
+    fraction = nan_mean([dataset.fraction for dataset in datasets])
+    mean = nan_mean([dataset.test_return for dataset in datasets])
+    return Progress(state, fraction, test_return=mean, game=datasets[0].game)
 
 
-def check_known(runs: list) -> None:
+def require_known_paths(runs: list) -> None:
     """Exit with code 2 if grid and script do not tell where the runs are and how long they will be."""
-    for settings in (run.settings for run in runs):
+    for run in runs:
         needed = ["total_timesteps", "dataset_saving_dir"]
-        if "xpid" in settings:
+        if "xpid" in run.settings:
             needed = ["model_saving_dir", "env_id", "num_envs", "num_steps", "total_timesteps"]
-        elif settings.get("ratio") is not None:
+        elif run.settings.get("ratio") is not None:
             needed = ["env_id", "ratio_checkpoint_dir", "ratio_dataset_dir", "total_timesteps"]
-        if unknown := ", ".join(name for name in needed if not settings.get(name)):
-            fail(f"status, plot and --only-missing need {unknown}: neither grid nor script says it plainly", 2)
+        unknown = [name for name in needed if not run.settings.get(name)]
+        if unknown:
+            why = "neither grid nor script says it plainly"
+            fail(f"status, plot and --only-missing need {', '.join(unknown)}: {why}", 2)
 
 
-def progress_of(run: Run) -> Progress:
+def arguments_of(command: str) -> str:
+    """The arguments that a command gives its script. Another interpreter changes nothing in them."""
+    match = re.search(r"\.py'? (.*)", command)
+    return match[1] if match else ""
+
+
+def commands_here() -> set:
+    """The arguments of every process of this folder. A run that is still importing has no lock yet."""
+    found = set()
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if os.readlink(process / "cwd") == os.getcwd():
+                words = (process / "cmdline").read_text("utf-8").split("\0")
+                found.add(arguments_of(shlex.join(words[:-1])))
+        except (OSError, UnicodeDecodeError):  # it has ended, is another user's, or no command of ours
+            continue
+    return found - {""}
+
+
+def read_progress(run: Run) -> Progress:
+    """What the files of a run say."""
     try:
-        return training_progress(run.settings) if "xpid" in run.settings else collection_progress(run.settings)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:  # whatever is in the files
+        if "xpid" in run.settings:
+            return training_progress(run.settings)
+        return collection_progress(run.settings)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:  # the files may contain anything
         return Progress("damaged", reason=f"{type(error).__name__}: {error}")
 
 
-def mean_of(values) -> float:
-    values = [value for value in values if not math.isnan(value)]
-    return statistics.fmean(values) if values else math.nan
+def progress_of(runs: list) -> list:
+    """The Progress of each run, from its files and from the processes of this machine."""
+    commands = commands_here()
+    everything = []
+    for run in runs:
+        progress = read_progress(run)
+        if progress.state in ("stopped", "not started") and arguments_of(run.command) in commands:
+            progress = progress._replace(state="running")
+        everything.append(progress)
+    return everything
+
+
+def nan_mean(values) -> float:
+    """The mean of the values that are not nan, or nan if none is left."""
+    values = np.asarray(values, dtype=float)
+    values = values[~np.isnan(values)]
+    return float(values.mean()) if len(values) else math.nan
+
+
+def deviation_of(values) -> float:
+    """The sample standard deviation, or nan for a single value."""
+    return float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
 
 
 def summarise(runs: list, progress: list) -> tuple:
-    """A row per configuration, as a dict, and for each method the normalised test returns of its games, {game: [...]}.
+    """A row per configuration, as a dict, and the normalised test returns of each method, {method: {game: returns}}.
 
-    Deviations are those of a sample, and nan for one seed. Latest returns are of all seeds, final ones of those done.
+    The latest returns are means over all seeds; final ones, and the normalised one, are over the seeds that are done.
     """
-    table, methods = {}, {}
+    configurations = {}
     for run, seed in zip(runs, progress):
-        table.setdefault((run.method, run.configuration), []).append(seed)
-    for (method, configuration), seeds in table.items():
+        configurations.setdefault((run.method, run.configuration), []).append(seed)
+    table, normalised_returns = [], {}
+    for (method, configuration), seeds in configurations.items():
         row = {"configuration": configuration}
-        row |= {state.replace(" ", "_"): sum(seed.state == state for seed in seeds) for state in STATES}
-        row["progress"] = statistics.fmean(seed.fraction for seed in seeds)
-        finished = [seed for seed in seeds if seed.state == "done"]
+        for state in STATES:
+            row[state.replace(" ", "_")] = sum(seed.state == state for seed in seeds)
+        row["progress"] = nan_mean([seed.fraction for seed in seeds])
+        done = [seed for seed in seeds if seed.state == "done"]
         for name in ("train_return", "test_return"):
-            row[name] = mean_of(getattr(seed, name) for seed in seeds)
-            final = [getattr(seed, name) for seed in finished]
-            row[f"final_{name}"] = mean_of(final)
-            row[f"final_{name}_deviation"] = statistics.stdev(final) if len(final) > 1 else math.nan
-        low, high = RANGES.get(finished[0].game[0], {}).get(finished[0].game[1], (0, math.nan)) if finished else (0, 1)
-        normalised = [(seed.test_return - low) / (high - low) for seed in finished]
-        normalised = [value for value in normalised if not math.isnan(value)]
-        row["normalised"] = mean_of(normalised)
-        table[method, configuration] = row
-        if normalised:
-            methods.setdefault(method, {}).setdefault(finished[0].game, []).extend(normalised)
-    return list(table.values()), methods
+            final = [getattr(seed, name) for seed in done]
+            row[name] = nan_mean([getattr(seed, name) for seed in seeds])
+            row[f"final_{name}"] = nan_mean(final)
+            row[f"final_{name}_deviation"] = deviation_of(final)
+        normalised = []
+        for seed in done:
+            mode, env_id = seed.game
+            low, high = RANGES.get(mode, {}).get(env_id, (0, math.nan))
+            normalised.append((seed.test_return - low) / (high - low))
+        row["normalised"] = nan_mean(normalised)
+        if not math.isnan(row["normalised"]):
+            games = normalised_returns.setdefault(method, {})
+            games.setdefault(done[0].game, []).extend(value for value in normalised if not math.isnan(value))
+        table.append(row)
+    return table, normalised_returns
 
 
 def interquartile_mean(games: dict) -> str:
@@ -511,13 +763,14 @@ def interquartile_mean(games: dict) -> str:
         return np.sort(returns)[..., cut : returns.shape[-1] - cut].mean(-1)
 
     generator = np.random.default_rng(0)
-    resampled = np.concatenate([generator.choice(x, (10_000, len(x))) for x in games.values()], axis=1)
-    low, high = np.percentile(iqm(resampled), [2.5, 97.5])
-    interval = (
-        f"95 % interval {low:.2f} to {high:.2f}" if min(map(len, games.values())) > 1 else "one seed: no interval"
-    )
-    runs = f"{len(games)} game{'s' * (len(games) > 1)}, {resampled.shape[1]} runs"
-    return f"{iqm(np.concatenate([*games.values()])):.2f} ({interval}; {runs})"
+    resampled = [generator.choice(returns, (10_000, len(returns))) for returns in games.values()]
+    low, high = np.percentile(iqm(np.concatenate(resampled, axis=1)), [2.5, 97.5])
+    interval = f"95 % interval {low:.2f} to {high:.2f}"
+    if any(len(returns) == 1 for returns in games.values()):
+        interval = "one seed: no interval"
+    everything = np.concatenate(list(games.values()))
+    plural = "s" if len(games) > 1 else ""
+    return f"{iqm(everything):.2f} ({interval}; {len(games)} game{plural}, {len(everything)} runs)"
 
 
 def write_csv(path: Path, rows: list) -> None:
@@ -528,86 +781,108 @@ def write_csv(path: Path, rows: list) -> None:
     write_file(path, text.getvalue())
 
 
-def last_words(log: Path) -> str:
-    """A log and the last line in it that the command has written."""
-    lines = [line.strip() for line in log.read_text("utf-8", "replace").splitlines() if not line.startswith("== ")]
-    return f"{log}: {([''] + [line for line in lines if line])[-1]}"
+def last_log_line(log: Path) -> str:
+    """A log and the last line in it that a command has written."""
+    last = ""
+    for line in log.read_text("utf-8", "replace").splitlines():
+        if line.strip() and not line.startswith("== "):
+            last = line.strip()
+    return f"{log}: {last}"
 
 
-def print_logs(runs: list, progress: list) -> None:
-    """For each unfinished run its state, its newest log and the last line of that."""
-    logs = [path for names in ("logs/*/*.log", "slurm/generated/*/logs/*.log") for path in Path().glob(names)]
-    newest = {}  # {arguments: log}, without the interpreter, which may have been another
+def newest_logs() -> dict:
+    """The newest log of each command, {arguments: path}."""
+    logs = [*Path().glob("logs/*/*.log"), *Path().glob("slurm/generated/*/logs/*.log")]
+    newest = {}
     for log in sorted(logs, key=lambda log: log.stat().st_mtime):
-        for command in re.findall(r"^== .*?\.py (.*)$", log.read_text("utf-8", "replace"), re.MULTILINE):
-            newest[command] = log
+        for command in re.findall(r"^== (.*\.py.*)$", log.read_text("utf-8", "replace"), re.MULTILINE):
+            newest[arguments_of(command)] = log
+    return newest
+
+
+def print_unfinished(runs: list, progress: list) -> None:
+    """For each unfinished run its state, its last Slurm task, its newest log and the last line of that."""
+    logs, tasks = newest_logs(), newest_tasks()
     for run, (state, *_, reason) in zip(runs, progress):
-        if state != "done":
-            log = newest.get(run.command.partition(".py ")[2])
-            print(f"{run.name}: {state}{reason and f' ({reason})'}; {last_words(log) if log else 'no log'}")
+        if state == "done":
+            continue
+        arguments = arguments_of(run.command)
+        words = [f"{run.name}: {state}"]
+        if reason:
+            words[0] += f" ({reason})"
+        if arguments in tasks:
+            words.append(f"Slurm task {tasks[arguments]}")
+        words.append(last_log_line(logs[arguments]) if arguments in logs else "no log")
+        print("; ".join(words))
 
 
 def print_status(args: Args, runs: list) -> int:
     """Print a row per configuration and a summary. Returns the exit code: 3 unless everything is done."""
-
-    def cell(row, name):
-        mean, deviation = row[name], row.get(f"{name}_deviation", math.nan)
-        if math.isnan(mean):
-            return "-"
-        return f"{mean:.2f}" + ("" if math.isnan(deviation) else f" +- {deviation:.2f}")
-
-    progress = [progress_of(run) for run in runs]
-    table, methods = summarise(runs, progress)
-    names = ("train_return", "test_return", "final_train_return", "final_test_return", "normalised")
-    titles = (name.removesuffix("_return") if name.startswith("final") else name for name in names)
-    lines = [["configuration", *STATES, "progress", *(title.replace("_", " ") for title in titles)]]
+    progress = progress_of(runs)
+    table, normalised_returns = summarise(runs, progress)
+    titles = {
+        "train_return": "train return", "test_return": "test return", "final_train_return": "final train",
+        "final_test_return": "final test", "normalised": "normalised",
+    }  # fmt: skip
+    lines = [["configuration", *STATES, "progress", *titles.values()]]
     for row in table:
-        counts = [str(row[state.replace(" ", "_")]) for state in STATES]
-        lines.append([row["configuration"], *counts, f"{100 * row['progress']:.1f} %", *(cell(row, x) for x in names)])
-    widths = [max(map(len, column)) for column in zip(*lines)]
+        line = [row["configuration"]]
+        line += [str(row[state.replace(" ", "_")]) for state in STATES]
+        line.append(f"{100 * row['progress']:.1f} %")
+        for name in titles:
+            cell = "-" if math.isnan(row[name]) else f"{row[name]:.2f}"
+            deviation = row.get(f"{name}_deviation", math.nan)
+            line.append(cell if math.isnan(deviation) else f"{cell} +- {deviation:.2f}")
+        lines.append(line)
+    widths = [max(len(cell) for cell in column) for column in zip(*lines)]
     for name, *cells in lines:
         print(name.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(cells, widths[1:])), sep="  ")
     if args.verbose:
-        print_logs(runs, progress)
+        print_unfinished(runs, progress)
     if args.csv is not None:
         write_csv(Path(args.csv), table)
-    counts = [sum(seed.state == state for seed in progress) for state in STATES]
-    states = ", ".join(f"{count} {state}" for count, state in zip(counts, STATES) if count or state != "damaged")
-    fraction = statistics.fmean(seed.fraction for seed in progress)
-    deviation = "; +- is the sample standard deviation over seeds" if "+-" in str(lines) else ""
-    print(f"{len(table)} configurations, {len(runs)} runs: {states}; {100 * fraction:.1f} % in all{deviation}")
-    for method, games in methods.items():
-        if sum(map(len, games.values())) > 1:
-            print(
-                f"interquartile mean of normalised test returns{method and ', '}{method}: {interquartile_mean(games)}"
-            )
-    return 0 if counts[0] == len(runs) else 3
+    counts = Counter(seed.state for seed in progress)
+    summary = ", ".join(f"{counts[state]} {state}" for state in STATES if counts[state] or state != "damaged")
+    summary += f"; {100 * nan_mean([seed.fraction for seed in progress]):.1f} % in all"
+    if any("+-" in cell for line in lines for cell in line):
+        summary += "; +- is the sample standard deviation over seeds"
+    print(f"{len(table)} configurations, {len(runs)} runs: {summary}")
+    for method, games in normalised_returns.items():
+        if sum(len(returns) for returns in games.values()) > 1:
+            title = f"interquartile mean of normalised test returns, {method}".removesuffix(", ")
+            print(f"{title}: {interquartile_mean(games)}")
+    return 0 if counts["done"] == len(runs) else 3
 
 
 # CURVES
 
-LINE_STYLES = {"train": "-", "test": "--"}
+
+def align(curves: list) -> tuple:
+    """Millions of steps, and returns as (seed, step, training or test), nan where a seed has none."""
+    steps = np.unique(np.concatenate([curve[:, 0] for curve in curves]))
+    returns = np.full((len(curves), len(steps), 2), math.nan)
+    for seed, curve in enumerate(curves):
+        returns[seed, np.searchsorted(steps, curve[:, 0])] = curve[:, 1:]
+    return steps / 1e6, returns
 
 
-def draw(axes, seeds: list, column: int, **line) -> None:
-    """Mean and deviation of a column as far as all seeds have come; beyond that each seed by itself, thin."""
-    seeds = [seed[~np.isnan(seed[:, column])][:, [0, column]] for seed in seeds]
-    seeds = [seed for seed in seeds if len(seed)]
-    if not seeds:
+def draw(axes, steps: np.ndarray, returns: np.ndarray, color, linestyle: str, linewidth: float) -> None:
+    """Draw returns, (seed, step): mean and deviation as far as all seeds have come, and from there each seed, thin."""
+    returns = returns[~np.isnan(returns).all(axis=1)]
+    if len(returns) == 0:
         return
-    points, together = {}, min(seed[-1, 0] for seed in seeds)
-    for seed in seeds:
-        for steps, value in seed:
-            points.setdefault(steps / 1e6, []).append(value)
-        ahead = seed[max(0, np.searchsorted(seed[:, 0], together, "right") - 1) :]
-        axes.plot(ahead[:, 0] / 1e6, ahead[:, 1], linewidth=0.5, alpha=0.7, **line)
-    points = {steps: values for steps, values in sorted(points.items()) if len(values) == len(seeds)}
-    mean = np.array([statistics.fmean(values) for values in points.values()])
-    axes.plot(points.keys(), mean, linewidth=1.3, **line)
-    if len(seeds) > 1:
-        deviation = np.array([statistics.stdev(values) for values in points.values()])
-        band = {"color": line["color"], "alpha": 0.15, "linewidth": 0}
-        axes.fill_between(list(points), mean - deviation, mean + deviation, **band)
+    shared = ~np.isnan(returns).any(axis=0)
+    mean = returns[:, shared].mean(axis=0)
+    axes.plot(steps[shared], mean, color=color, linestyle=linestyle, linewidth=linewidth)
+    if len(returns) > 1:
+        deviation = returns[:, shared].std(axis=0, ddof=1)
+        axes.fill_between(steps[shared], mean - deviation, mean + deviation, color=color, alpha=0.15, linewidth=0)
+    last_shared = np.flatnonzero(shared).max(initial=0)
+    for seed in returns:
+        rest = ~np.isnan(seed)
+        rest[:last_shared] = False
+        if rest.sum() > 1:
+            axes.plot(steps[rest], seed[rest], color=color, linestyle=linestyle, linewidth=0.5, alpha=0.7)
 
 
 def read_reference(path: Path) -> dict:
@@ -620,7 +895,7 @@ def read_reference(path: Path) -> dict:
         with open(path, newline="") as file:
             for row in csv.DictReader(file):
                 returns = [float(value) for name, value in row.items() if name.startswith("run")]
-                if row["levels"] not in LINE_STYLES:
+                if row["levels"] not in ("train", "test"):
                     raise ValueError(f"levels is {row['levels']!r}, not train or test")
                 band = bands.setdefault((row["game"], row["levels"]), [])
                 band.append((float(row["steps"]), min(returns), max(returns)))
@@ -630,137 +905,238 @@ def read_reference(path: Path) -> dict:
     return bands
 
 
-def draw_reference(axes, bands: dict, env_id: str, total: int) -> None:
+def draw_reference(axes, bands: dict, env_id: str, total_steps: int) -> None:
     """Fill the area between the lowest and the highest run of a game, as far as the panel reaches."""
     for levels, opacity in (("train", 0.4), ("test", 0.2)):
-        band = np.array([row for row in bands.get((env_id, levels), []) if row[0] <= total])
+        band = np.array([row for row in bands.get((env_id, levels), []) if row[0] <= total_steps])
         if len(band):
             axes.fill_between(band[:, 0] / 1e6, band[:, 1], band[:, 2], color="gray", alpha=opacity, linewidth=0)
 
 
-def plot(runs: list, output: Path, reference: dict) -> None:
-    """Draw a panel per game and a line per method, and write status's table beside it.
-
-    reference is read_reference()'s; it may be empty.
-    """
-    import matplotlib  # here, as it is slow and only this needs it
-    from matplotlib.figure import Figure
-    from matplotlib.lines import Line2D
-    from matplotlib.patches import Patch
-
-    if "xpid" not in runs[0].settings:
-        fail("--action plot draws the curves of trainings, and the grid's script has no argument xpid", 2)
-    panels = {}  # {game: {method: [(steps, train return, test return) of a seed, as an array of rows]}}
+def read_all_curves(runs: list) -> dict:
+    """The curves of the seeds of each game and method, {(env_id, method): [curves, ...]}."""
+    everything = {}
     for run in runs:
         table = run_folder(run.settings) / "progress.csv"
-        seeds = panels.setdefault(run.settings["env_id"], {}).setdefault(run.method, [])
         try:
-            rows = read_curves(table) if table.exists() else []
+            curves = read_curves(table)
         except (OSError, ValueError) as error:
             print(f"{table} is left out, as it is damaged ({error})")
             continue
-        seeds += [np.array(rows)] if rows else []
-    if not any(seeds for methods in panels.values() for seeds in methods.values()):
-        fail("there is nothing to draw: none of these runs has got as far as a row in its progress.csv")
+        if len(curves):
+            everything.setdefault((run.settings["env_id"], run.method), []).append(curves)
+    return everything
 
-    methods = list(dict.fromkeys(run.method for run in runs))
+
+def styles_of(methods: list) -> dict:
+    """The color and the width of each method's lines, {method: (color, width)}."""
+    import matplotlib  # in these functions, as it is slow and only they need it
+
     palette = matplotlib.colormaps["tab10" if len(methods) <= 10 else "turbo"].resampled(max(10, len(methods)))
-    colours = {method: palette(i) for i, method in enumerate(methods)}
-    lines = [Line2D([], [], color="gray", linestyle=style) for style in LINE_STYLES.values()]
-    lines += [Line2D([], [], color=colours[method], linewidth=3) for method in methods if method]
+    if len(methods) == 1:
+        return {methods[0]: (palette(0), 1.3)}
+    # Later lines are thinner, so that an earlier line of the same values can be seen behind them.
+    widest, thinnest = (1.3, 0.7) if len(methods) > 6 else (2.6, 1.3)
+    widths = np.linspace(widest, thinnest, len(methods))
+    return {method: (palette(i), widths[i]) for i, method in enumerate(methods)}
+
+
+def add_legend(figure, styles: dict, has_seeds: bool, has_reference: bool) -> None:
+    """Explain the lines below the panels, in as many columns as fit."""
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
+    handles = [Line2D([], [], color="gray", linestyle="-"), Line2D([], [], color="gray", linestyle="--")]
     labels = ["training levels", "test levels"]
-    if reference:
-        lines.insert(2, Patch(color="gray", alpha=0.4, linewidth=0))
+    if has_reference:
+        handles.append(Patch(color="gray", alpha=0.4, linewidth=0))
         labels.append("reference, lowest to highest run")
-    labels += [textwrap.fill(method, 100).replace("$", r"\$") for method in methods if method]
-    columns = len(panels) if len(panels) <= 3 else math.ceil(math.sqrt(len(panels)))
-    rows = math.ceil(len(panels) / columns)
-    size = (6, 3.4) if len(panels) == 1 else (2.6 * columns, 2.1 * rows)
-    with matplotlib.rc_context({"font.size": 8, "axes.spines.top": False, "axes.spines.right": False}):
-        figure = Figure(size, layout="constrained")
-        grid = figure.subplots(rows, columns, squeeze=False)
-        for axes in grid.flat[len(panels) :]:
-            axes.set_visible(False)
-        for i, (axes, (env_id, seeds_of)) in enumerate(zip(grid.flat, panels.items())):
-            for method, seeds in seeds_of.items():
-                draw(axes, seeds, 1, color=colours[method], linestyle=LINE_STYLES["train"])
-                draw(axes, seeds, 2, color=colours[method], linestyle=LINE_STYLES["test"])
-            total = max(run.settings["total_timesteps"] for run in runs if run.settings["env_id"] == env_id)
-            draw_reference(axes, reference, env_id, total)
-            axes.set(title=env_id, xlim=(0, total / 1e6), ylabel="" if i % columns else "episode return")
-            axes.set_xlabel("environment steps (millions)" if i + columns >= len(panels) else "")
-            axes.locator_params(axis="x", nbins=4)
-            axes.grid(alpha=0.3)
-        several = any(len(seeds) > 1 for methods in panels.values() for seeds in methods.values())
-        legend = {"loc": "upper center", "bbox_to_anchor": (0.5, 0), "frameon": False}
-        legend["title"] = (
-            "mean of the seeds, band: sample standard deviation, thin: seeds that are ahead" if several else ""
-        )
-        legend["ncols"] = max(1, min(len(labels), int(14 * size[0]) // max(map(len, labels))))
-        figure.legend(lines, labels, **legend)
-        output.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            figure.savefig(output, dpi=200, bbox_inches="tight")  # which makes room for the legend
-        except ValueError as error:  # of matplotlib, about the suffix
-            fail(f"--output {output}: {error}", 2)
-    write_csv(output.with_suffix(".csv"), summarise(runs, [progress_of(run) for run in runs])[0])
+    for method, (color, _) in styles.items():
+        if method:
+            handles.append(Line2D([], [], color=color, linewidth=3))
+            labels.append(textwrap.fill(method, 100).replace("$", r"\$"))
+    titles = []
+    if len(styles) > 1:
+        titles.append(f"{len(styles)} configurations")
+    if has_seeds:
+        titles.append("thick line: mean of the seeds, band: their standard deviation")
+        titles.append("thin line: one seed, beyond the last step that all seeds have reached")
+    columns = int(14 * figure.get_figwidth()) // max(len(label) for label in labels)
+    columns = min(max(columns, 1), len(labels))
+    place = {"loc": "upper center", "bbox_to_anchor": (0.5, 0), "frameon": False}
+    figure.legend(handles, labels, title="\n".join(titles), ncols=columns, **place)
+
+
+def plot(runs: list, output: Path, reference: dict) -> None:
+    """Draw a panel per game and a line per method, and write status's table to a .csv file of the same name.
+
+    reference is read_reference()'s; it may be empty.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    if "xpid" not in runs[0].settings:
+        fail("--action plot draws the curves of trainings, and the grid's script has no argument xpid", 2)
+    everything = read_all_curves(runs)
+    if not everything:
+        fail("there is nothing to draw: none of these runs has got as far as a row in its progress.csv")
+    total_steps = {}  # of each game
+    for run in runs:
+        env_id = run.settings["env_id"]
+        total_steps[env_id] = max(run.settings["total_timesteps"], total_steps.get(env_id, 0))
+    styles = styles_of(list(dict.fromkeys(run.method for run in runs)))
+
+    columns = len(total_steps) if len(total_steps) <= 3 else math.ceil(math.sqrt(len(total_steps)))
+    rows = math.ceil(len(total_steps) / columns)
+    matplotlib.rcParams.update({"font.size": 8, "axes.spines.top": False, "axes.spines.right": False})
+    figure = Figure((6, 3.4) if len(total_steps) == 1 else (2.6 * columns, 2.1 * rows), layout="constrained")
+    for i, (env_id, total) in enumerate(total_steps.items()):
+        axes = figure.add_subplot(rows, columns, i + 1)
+        for method, (color, width) in styles.items():
+            if (env_id, method) in everything:
+                steps, returns = align(everything[env_id, method])
+                draw(axes, steps, returns[:, :, 0], color, "-", width)
+                draw(axes, steps, returns[:, :, 1], color, "--", width)
+        draw_reference(axes, reference, env_id, total)
+        axes.set(title=env_id, xlim=(0, total / 1e6))
+        if i % columns == 0:
+            axes.set_ylabel("episode return")
+        if i + columns >= len(total_steps):
+            axes.set_xlabel("environment steps (millions)")
+        axes.locator_params(axis="x", nbins=4)
+        axes.grid(alpha=0.3)
+    has_seeds = any(len(seeds) > 1 for seeds in everything.values())
+    add_legend(figure, styles, has_seeds, has_reference=bool(reference))
+    output.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        figure.savefig(output, dpi=200, bbox_inches="tight")  # "tight" makes room for the legend
+    except ValueError as error:  # matplotlib does not know the suffix
+        fail(f"--output {output}: {error}", 2)
+    table, _ = summarise(runs, progress_of(runs))
+    write_csv(output.with_suffix(".csv"), table)
     print(f"{output}, and its table {output.with_suffix('.csv')}")
 
 
 # RUNNING HERE
 
 
+def say(message: str) -> None:
+    """Print a line above the bar. A terminal that is gone must not end the sweep while its commands run."""
+    try:
+        tqdm.write(message)
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def gpus_here(args: Args) -> list:
+    """The GPUs to deal out to the workers, or an empty list to leave CUDA_VISIBLE_DEVICES alone."""
+    if args.gpus is not None:
+        return args.gpus.split(",")
+    if "CUDA_VISIBLE_DEVICES" in os.environ:
+        return [gpu for gpu in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if gpu]
+    return re.findall(r"^GPU (\d+):", output_of("nvidia-smi", "-L"), re.MULTILINE)
+
+
+def output_of(*command) -> str:
+    """What a command prints, or nothing where there is no such program."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+
+
+def start_command(run: Run, log: Path, environment: dict) -> subprocess.Popen:
+    """In a session of its own, so that Ctrl-C reaches it through this process, once."""
+    with open(log, "a") as file:
+        print(f"== {run.command}", file=file, flush=True)
+        options = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": file, "start_new_session": True}
+        return subprocess.Popen(shlex.split(run.command), env=environment, **options)
+
+
+def outcome_of(run: Run, code: int, stopping: bool) -> str:
+    """How a command has ended, by its exit code. While it imports, SIGTERM ends it, and there is nothing to save."""
+    if code == 0:
+        return "done"
+    if code == EXIT_STOPPED or (stopping and code in (-signal.SIGTERM, 128 + signal.SIGTERM)):
+        return "stopped"
+    if progress_of([run])[0].state == "running":
+        return "in use"
+    return "failed"
+
+
 def run_local(args: Args, runs: list) -> int:
-    """Run the commands here, with a log each; SIGINT and SIGTERM are passed on to them. Returns the exit code."""
+    """Run the commands here, each with a log. A signal stops them with SIGTERM, so that they save.
+
+    Returns the exit code.
+    """
     folder = Path("logs", args.job_name)
     folder.mkdir(parents=True, exist_ok=True)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     environment = {"OMP_NUM_THREADS": str(max(1, cores // args.workers)), **os.environ}
-    gpus = (args.gpus or os.environ.get("CUDA_VISIBLE_DEVICES", "")).split(",")
-    signals, waiting, active, ended = [], runs[::-1], {}, Counter()  # active: {worker: (run, process)}
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, lambda signum, _: signals.append(signum))
+    gpus = gpus_here(args)
+    stop_signals = []
+    for signum in STOP_SIGNALS:
+        if signal.getsignal(signum) != signal.SIG_IGN:  # nohup ignores SIGHUP
+            signal.signal(signum, lambda signum, frame: stop_signals.append(signum))
+    signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # say() deals with a closed pipe
+
+    waiting, active, stopped = runs[::-1], {}, []  # active: {worker: (run, process)}
+    counts, has_passed_on = Counter(), False
     form = "{percentage:.1f} %|{bar}| {n:.2f} of {total} runs [{elapsed}<{remaining}]{postfix}"
-    bar, passed_on = tqdm(total=len(runs), bar_format=form, disable=None), 0
-    print(f"{len(runs)} runs, {min(args.workers, len(runs))} at a time; logs in {folder}/", flush=True)
-    while active or (waiting and not signals):
+    bar = tqdm(total=len(runs), bar_format=form, disable=None)
+    say(f"{len(runs)} runs, {min(args.workers, len(runs))} at a time; logs in {folder}/")
+    while active or (waiting and not stop_signals):
         for worker in range(args.workers):
-            if worker in active or not waiting or signals:
+            if worker in active or not waiting or stop_signals:
                 continue
             run = waiting.pop()
-            if gpus != [""]:
+            if progress_of([run])[0].state == "running":
+                counts["in use"] += 1
+                say(f"{run.name} is in use by another process, so it is not started")
+                continue
+            if gpus:
                 environment["CUDA_VISIBLE_DEVICES"] = gpus[worker % len(gpus)]
-            with open(folder / f"{run.name}.log", "a") as log:
-                print(f"== {run.command}", file=log, flush=True)
-                options = {"env": environment, "stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
-                options["start_new_session"] = True  # so that Ctrl-C reaches it through this process, once
-                active[worker] = run, subprocess.Popen(shlex.split(run.command), **options)
+            active[worker] = run, start_command(run, folder / f"{run.name}.log", environment)
         time.sleep(0.1)
-        if passed_on < len(signals):
-            passed_on = len(signals)
+        if stop_signals and not has_passed_on:
+            has_passed_on = True
             for _, process in active.values():
                 process.terminate()
         for worker, (run, process) in list(active.items()):
-            if (code := process.poll()) is not None:
-                del active[worker]
-                # A script that our signal has killed was not yet ready for it: it has nothing to save.
-                stopped = code == EXIT_STOPPED or (signals and code in (-signal.SIGTERM, 128 + signal.SIGTERM))
-                ended["done" if code == 0 else "stopped" if stopped else "failed"] += 1
-                if code and not stopped:
-                    tqdm.write(f"{run.name} failed with exit code {code}: {last_words(folder / f'{run.name}.log')}")
-                elif bar.disable:
-                    print(f"{run.name} is {'stopped' if code else 'done'}, {ended.total()} of {len(runs)}")
-                sys.stdout.flush()
+            code = process.poll()
+            if code is None:
+                continue
+            del active[worker]
+            outcome = outcome_of(run, code, stopping=bool(stop_signals))
+            counts[outcome] += 1
+            if outcome == "stopped":
+                stopped.append(run)
+            if outcome == "failed":
+                is_killed = code in (-signal.SIGKILL, 128 + signal.SIGKILL)
+                hint = " (killed, usually because memory ran out: use fewer --workers)" if is_killed else ""
+                say(f"{run.name} failed with exit code {code}{hint}: {last_log_line(folder / f'{run.name}.log')}")
+            elif bar.disable:
+                say(f"{run.name} is {outcome}, {counts.total()} of {len(runs)}")
         if not bar.disable:
-            bar.n = ended.total() + sum(progress_of(run).fraction for run, _ in active.values())
-            bar.set_postfix({**ended, "running": len(active)})
+            unfinished = [*stopped, *(run for run, _ in active.values())]
+            bar.n = counts.total() - len(stopped) + sum(read_progress(run).fraction for run in unfinished)
+            bar.set_postfix({**counts, "running": len(active)})
     bar.close()
-    ended["not started"] = len(waiting)
-    counts = ", ".join(f"{ended[state]} {state}" for state in ("done", "failed", "stopped", "not started"))
-    print(f"{len(runs)} runs: {counts}")
-    if ended["failed"] and not signals:
-        return 1
-    return 0 if ended["done"] == len(runs) else EXIT_STOPPED
+    counts["not started"] = len(waiting)
+    summary = f"{len(runs)} runs: "
+    summary += ", ".join(f"{counts[name]} {name}" for name in OUTCOMES if counts[name] or name != "in use")
+    if stopped:
+        finished = counts["done"] + sum(read_progress(run).fraction for run in stopped)
+        summary += f"; {100 * finished / len(runs):.1f} % in all"
+    code = 0
+    if counts["failed"] and not stop_signals:
+        code = 1
+    elif counts["done"] < len(runs):
+        code = EXIT_STOPPED
+        summary += "; run the same command again to continue"
+    say(summary)
+    return code
 
 
 # RUNNING ON SLURM
@@ -768,20 +1144,22 @@ def run_local(args: Args, runs: list) -> int:
 
 def ask_max_array_size() -> int:
     """MaxArraySize of the cluster at hand; Slurm's default where there is none."""
-    try:
-        shown = subprocess.run(["scontrol", "show", "config"], capture_output=True, text=True, timeout=60).stdout
-    except (OSError, subprocess.TimeoutExpired):
-        shown = ""
-    size = int(re.search(r"MaxArraySize\s*=\s*(\d+)", shown + "MaxArraySize = 1001")[1])
-    return size if size > 1 else fail(f"MaxArraySize of this cluster is {size}: it takes no arrays")
+    match = re.search(r"MaxArraySize\s*=\s*(\d+)", output_of("scontrol", "show", "config"))
+    size = int(match[1]) if match else 1001
+    if size < 2:
+        fail(f"MaxArraySize of this cluster is {size}: it takes no arrays")
+    return size
 
 
 def split_tasks(num_tasks: int, max_array_size: int, max_parallel: int | None) -> list:
     """(tasks before it, tasks, tasks at a time) of each array. Indices count from 1, and are below max_array_size."""
     size = max_array_size - 1
     offsets = range(0, num_tasks, size)
-    shares = [max_parallel and (max_parallel + i) // len(offsets) for i in range(len(offsets))]
-    return [(offset, min(size, num_tasks - offset), share) for offset, share in zip(offsets, shares)]
+    arrays = []
+    for i, offset in enumerate(offsets):
+        share = None if max_parallel is None else (max_parallel + i) // len(offsets)
+        arrays.append((offset, min(size, num_tasks - offset), share))
+    return arrays
 
 
 def write_sbatch(args: Args, runs: list) -> list:
@@ -790,40 +1168,49 @@ def write_sbatch(args: Args, runs: list) -> list:
     if re.search(rf'["%\\]|{UNSAFE}', here):
         fail(f'the current folder is {here!r}; sbatch takes none with ", %, \\ or a line end in its name', 2)
     commands = "".join(f"{run.command}\n" for run in runs)
-    if (folder / "commands.txt").exists() and (folder / "commands.txt").read_bytes() != commands.encode():
+    existing = folder / "commands.txt"
+    if existing.exists() and existing.read_bytes() != commands.encode():
         another = f"{args.job_name}_{time.strftime('%m%d_%H%M')}"
-        fail(f"{folder} holds other commands, which jobs may still need; choose another --job-name, as {another}", 2)
-    max_array_size = args.max_array_size or ask_max_array_size()
-    arrays = split_tasks(math.ceil(len(runs) / args.runs_per_task), max_array_size, args.max_parallel)
+        fail(f"{existing} has other commands, which queued tasks still read; give --job-name {another}", 2)
+    num_tasks = math.ceil(len(runs) / args.runs_per_task)
+    arrays = split_tasks(num_tasks, args.max_array_size or ask_max_array_size(), args.max_parallel)
     if args.max_parallel is not None and args.max_parallel < len(arrays):
         fail(f"--max-parallel is {args.max_parallel}; it must be at least {len(arrays)}, one for each array file", 2)
-    template = read_file(find(args.template), "--template")
-    options = [(name.replace("_", "-"), getattr(args, name)) for name in SBATCH_OPTIONS]
-    options = [f'--{name}="{value}"' for name, value in options if value is not None]
+    template = read_file(resolve_path(args.template), "--template")
+    options = []
+    for name in SBATCH_OPTIONS:
+        if getattr(args, name) is not None:
+            options.append(f'{flag(name)}="{getattr(args, name)}"')
     for option in filter(None, args.sbatch_arg):
-        name, equals, value = (option if option.startswith("-") else f"--{option}").partition("=")
+        name, equals, value = option.partition("=")
+        name = name if name.startswith("-") else f"--{name}"
         options.append(f'{name}="{value}"' if equals else name)
     values = {
         "job_name": args.job_name,
-        "folder": str(folder),
+        "folder": folder,
         "working_dir": here,
         "options": "\n".join(f"#SBATCH {option}" for option in options),
         "setup": "\n".join(args.setup),
         "runs_per_task": args.runs_per_task,
+        "side_by_side": min(args.side_by_side or args.runs_per_task, args.runs_per_task),
         "max_restarts": args.max_restarts,
-        **dict.fromkeys(("array", "offset", "file")),  # they differ from file to file
+        "array": None,  # these three differ from file to file
+        "offset": None,
+        "file": None,
     }
     placeholders = set(re.findall(r"{{\s*(\w+)\s*}}", template))
-    if odd := placeholders - values.keys() or {"array"} - placeholders:
+    unknown = placeholders - values.keys() or {"array"} - placeholders
+    if unknown:
         known = f"there are {', '.join(values)}, and array must be there"
-        fail(f"--template {args.template}: look at {{{{{odd.pop()}}}}}; {known}", 2)
+        fail(f"--template {args.template}: look at {{{{{unknown.pop()}}}}}; {known}", 2)
     files = {}
-    for i, (offset, num_tasks, parallel) in enumerate(arrays, 1):
-        name = "array.sbatch" if len(arrays) == 1 else f"array_{i}.sbatch"
-        values["array"] = f"1-{num_tasks}" + (f"%{parallel}" if parallel else "")
-        values["offset"], values["file"] = offset, folder / name
-        files[folder / name] = re.sub(r"{{\s*(\w+)\s*}}", lambda match: str(values[match[1]]), template)
-    for leftover in set(folder.glob("array*.sbatch")) - files.keys():  # of a call that made more files
+    for i, (offset, size, share) in enumerate(arrays, 1):
+        path = folder / ("array.sbatch" if len(arrays) == 1 else f"array_{i}.sbatch")
+        values["array"] = f"1-{size}" if share is None else f"1-{size}%{share}"
+        values["offset"] = offset
+        values["file"] = path
+        files[path] = re.sub(r"{{\s*(\w+)\s*}}", lambda match: str(values[match[1]]), template)
+    for leftover in set(folder.glob("array*.sbatch")) - files.keys():  # an earlier call made more files
         leftover.unlink()
     write_file(folder / "commands.txt", commands)
     write_file(folder / "logs" / ".keep", "")  # sbatch does not make the folder
@@ -836,13 +1223,53 @@ def write_sbatch(args: Args, runs: list) -> list:
 
 
 def submit(paths: list) -> None:
-    os.environ.pop("SLURM_RESTART_COUNT", None)  # of a job that submits: its jobs would inherit it
+    os.environ.pop("SLURM_RESTART_COUNT", None)  # set in a job that submits; its jobs would inherit it
     for i, path in enumerate(paths):
         result = subprocess.run(["sbatch", "--parsable", path], capture_output=True, text=True)
         if result.returncode:
-            left = " && ".join(f"sbatch {path}" for path in paths[i:])
-            fail(f"sbatch {path} failed: {' '.join(result.stderr.split())}. To submit what is left: {left}")
+            message = f"sbatch {path} failed: {' '.join(result.stderr.split())}"
+            if re.search("MaxSubmit|job submit limit", result.stderr):
+                message += ". You may queue only so many tasks (MaxSubmitJobs): wait until some have ended"
+                message += ", or have fewer with --runs-per-task"
+            rest = " && ".join(f"sbatch {path}" for path in paths[i:])
+            fail(f"{message}. To submit what is left: {rest}")
         print(f"submitted {path} as job {result.stdout.strip().split(';')[0]}; logs in {path.parent}/logs/", flush=True)
+
+
+def newest_tasks() -> dict:
+    """The last Slurm task of each command and its state, {arguments: "7_1 TIMEOUT"}, as sacct and squeue tell."""
+    os.environ["SLURM_BITSTR_LEN"] = "0"  # do not shorten lists of tasks
+    listed = output_of(
+        "sacct", "--allocations", "--noheader", "--parsable2", "--starttime=now-30days", "--endtime=now",
+        "--state=BF,CA,CD,DL,F,NF,OOM,PR,RV,TO",  # with these it also lists tasks that were cancelled in the queue
+        "--format=JobID,State,WorkDir,JobName,SubmitLine",
+    )  # fmt: skip
+    listed += output_of("squeue", "--me", "--noheader", "--format=%F_%K|%T (%r)|%Z|%j|%o")
+    newest = {}
+    for line in listed.splitlines():
+        # 7_1|TIMEOUT|/home/me/project|ppo|sbatch slurm/generated/ppo/array.sbatch; of tasks in the queue 7_[2-4,6%2]
+        match = re.fullmatch(r"(\d+)_\[?([\d,-]+).*?\|(.*?)\|(.*)\|(.*)\|(?:.*[/ ])?(array(?:_\d+)?\.sbatch).*", line)
+        if match is None or match[4] != os.getcwd():
+            continue
+        path = Path("slurm", "generated", match[5], match[6])
+        for indices in match[2].split(","):
+            first, _, last = indices.partition("-")
+            for index in range(int(first), int(last or first) + 1):
+                for arguments in task_commands(path, index):
+                    newest[arguments] = f"{match[1]}_{index} {match[3].removesuffix(' (None)')}"
+    return newest
+
+
+def task_commands(path: Path, index: int) -> list:
+    """The arguments of the commands that a task runs, by the variables that the template sets in its sbatch file."""
+    try:
+        commands = (path.parent / "commands.txt").read_text("utf-8").splitlines()
+        variables = dict(re.findall(r"^(offset|runs_per_task)=(\d+)$", path.read_text("utf-8"), re.MULTILINE))
+    except OSError:  # the folder was removed
+        return []
+    size = int(variables.get("runs_per_task", 1))
+    first = (int(variables.get("offset", 0)) + index - 1) * size
+    return [arguments_of(command) for command in commands[first : first + size]]
 
 
 def main() -> int:
@@ -852,11 +1279,11 @@ def main() -> int:
     check_args(args)
     path = Path(args.grid_config)
     if path.suffix != ".json" and not os.path.isfile(path):
-        path = find(f"grids/{args.grid_config}.json")
+        path = resolve_path(f"grids/{args.grid_config}.json")
     args.job_name = args.job_name or re.sub(r"[^\w.+-]", "_", path.stem)
     runs = expand(args, path)
     if args.action in ("status", "plot") or args.only_missing:
-        check_known(runs)
+        require_known_paths(runs)
     if args.action == "status":
         return print_status(args, runs)
     if args.action == "plot":
@@ -864,7 +1291,8 @@ def main() -> int:
         plot(runs, Path(args.output or f"{path.stem}.png"), reference)
         return 0
     if args.only_missing:
-        runs = [run for run in runs if progress_of(run).state not in ("done", "running")]
+        states = [progress.state for progress in progress_of(runs)]
+        runs = [run for run, state in zip(runs, states) if state not in ("done", "running")]
     if args.action == "print":
         for run in runs:
             print(run.command)
@@ -888,10 +1316,13 @@ def main() -> int:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C without a traceback
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # nor one if the reader, such as head, has had enough
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # nor one if a reader such as head closes the pipe
     try:
-        sys.exit(main())
+        code = main()
     except ModuleNotFoundError as error:
         fail(f"the package {error.name} is missing: pip install -r requirements.txt")
     except OSError as error:
         fail(f"{error.filename or 'the output'} could not be used: {error.strerror}")
+    for signum in STOP_SIGNALS:  # during interpreter shutdown, a late one would change the exit code
+        signal.signal(signum, signal.SIG_IGN)
+    sys.exit(code)

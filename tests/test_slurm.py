@@ -12,7 +12,8 @@ import filelock
 import pytest
 import slurm_cluster
 import torch
-from test_sweep import PROJECT, TINY, commands, rows, run_sweep, write_grid, write_script
+from conftest import assert_one_line
+from test_sweep import PROJECT, TINY, commands, rows, run_sweep, trainers_arguments, write_grid, write_script
 
 import sweep
 
@@ -140,6 +141,9 @@ def test_a_task_that_is_warned_is_requeued_and_ends_in_the_same_weights(cluster,
     assert (
         "restart 0" in log and "stopped by SIGUSR2" in log and "restart 1" in log and "resumed after iteration" in log
     )
+    # Which signal came, and why the task ends.
+    assert re.search(r"^== .* \| SIGUSR2: two minutes to the time limit, or someone sent the signal", log, re.MULTILINE)
+    assert "== to be requeued, as not everything is finished (restart 0 of at most 100)" in log
     (whole,), (resumed,) = (
         folder.glob("models/leaper/*/final/*.pt") for folder in (tmp_path / "uninterrupted", tmp_path)
     )
@@ -164,6 +168,56 @@ def test_chunked_and_packed_arrays_run_each_line_once(cluster, tmp_path, runs_pe
     noted = [float(json.loads(line)[1]) for line in (tmp_path / "noted.txt").read_text().splitlines()]
     assert sorted(noted) == list(range(8))
     assert len(list((tmp_path / "slurm/generated/my_grid/logs").iterdir())) == 1 + (8 if runs_per_task == 1 else 3 + 8)
+
+
+TIMED = """
+import os, sys, time
+class Args:
+    number: int = 0
+with open("noted.txt", "a") as file:
+    print("start", sys.argv[2], os.environ["OMP_NUM_THREADS"], os.environ["CUDA_VISIBLE_DEVICES"], file=file)
+time.sleep(0.5 + int(sys.argv[2]))
+with open("noted.txt", "a") as file:
+    print("end", sys.argv[2], file=file)
+sys.exit(6 if sys.argv[2] == "0" else 0)
+"""
+
+
+def test_a_task_runs_as_many_commands_at_a_time_as_it_is_told(cluster, tmp_path):
+    """The others follow, also after one that fails, and take the core and the GPU that are free."""
+    grid = write_grid(tmp_path, {"number": [3, 0, 1, 2]}, write_script(tmp_path, TIMED))
+    options = ["--runs-per-task", 4, "--side-by-side", 2, "--cpus-per-task", 2]
+    (job,) = submit(tmp_path, grid, *options, "--setup", "export CUDA_VISIBLE_DEVICES=3,5")
+    assert ended(cluster, job) == {1: ("FAILED", "6:0")}
+    lines = (tmp_path / "noted.txt").read_text().splitlines()
+    active, most = 0, 0
+    for line in lines:
+        active += 1 if line.startswith("start") else -1
+        most = max(most, active)
+    assert most == 2 and len(lines) == 8 and active == 0
+    assert [line for line in lines if line.startswith("start")][2:] == ["start 1 1 5", "start 2 1 5"]
+    assert {line for line in lines[:2]} == {"start 3 1 3", "start 0 1 5"}
+
+
+def test_a_signal_ends_the_command_that_runs_and_starts_no_other(cluster, tmp_path):
+    grid = write_grid(tmp_path, {"name": ["a", "b"], "seconds": [60]}, write_script(tmp_path, SIGNALLED))
+    (job,) = submit(tmp_path, grid, "--runs-per-task", 2, "--side-by-side", 1)
+    cluster.wait((tmp_path / "a").exists)
+    cluster.run("scancel", "--signal=USR2", "--batch", f"{job}_1")
+    wait_for_requeue(cluster, f"{job}_1")
+    assert (tmp_path / "a").read_text() == "start USR2 " and not (tmp_path / "b").exists()
+    (tmp_path / "b").touch()  # then it is short
+    start_requeued(cluster, f"{job}_1")
+    assert ended(cluster, job) == {1: ("COMPLETED", "0:0")}
+    assert (tmp_path / "b").read_text() == "start end "
+
+
+def test_a_killed_command_is_explained(cluster, tmp_path):
+    script = "import os\nclass Args:\n    code: int = 0\nos.kill(os.getpid(), 9)"
+    (job,) = submit(tmp_path, write_grid(tmp_path, {"code": [0]}, write_script(tmp_path, script)))
+    assert ended(cluster, job) == {1: ("FAILED", "137:0")}
+    last = (tmp_path / "slurm/generated/my_grid/logs" / f"{job}_1.log").read_text().splitlines()[-1]
+    assert "exit code 137 of command 1: killed, usually because memory ran out; raise --mem" in last
 
 
 def test_a_packed_task_passes_signals_on_and_fails_with_the_code_of_a_command(cluster, tmp_path):
@@ -333,7 +387,7 @@ def test_a_requeue_that_is_refused_says_how_to_go_on(cluster, tmp_path):
     (job,) = submit(tmp_path, grid, "--sbatch-arg", "no-requeue")
     assert ended(cluster, job) == {1: ("COMPLETED", "0:0"), 2: ("FAILED", "75:0")}
     last = (tmp_path / "slurm/generated/my_grid/logs" / f"{job}_2.log").read_text().splitlines()[-1]
-    assert last == "== not requeued; to go on: sbatch --array=2 slurm/generated/my_grid/array.sbatch"
+    assert last == "== not requeued; to continue: sbatch --array=2 slurm/generated/my_grid/array.sbatch"
 
 
 def test_a_cancelled_task_stays_cancelled_and_a_preempted_one_comes_back(cluster, tmp_path):
@@ -351,6 +405,7 @@ def test_a_cancelled_task_stays_cancelled_and_a_preempted_one_comes_back(cluster
     assert {index: state for index, (state, _) in ended(cluster, job).items()} == {1: "CANCELLED", 2: "COMPLETED"}
     log = (tmp_path / "slurm/generated/my_grid/logs" / f"{job}_1.log").read_text()
     assert "exit code 75" in log and "requeue" not in log
+    assert "SIGTERM: the task is cancelled or preempted, or its time is up" in log
     assert (tmp_path / "preempted").read_text().split()[-2:] == ["start", "end"]
 
 
@@ -372,6 +427,63 @@ def test_a_collection_waits_for_a_training_that_is_requeued_and_for_one_that_fai
     assert ended(cluster, job) == {1: ("COMPLETED", "0:0")} == ended(cluster, first_job)
     cluster.wait(lambda: "DependencyNeverSatisfied" in cluster.run("squeue", "-h", "-j", never, "-o", "%r"))
     cluster.run("scancel", never)
+
+
+@pytest.fixture
+def accounting(cluster):
+    if reason := slurm_cluster.why_no_accounting():
+        assert not os.environ.get("CI"), f"CI must run the tests of Slurm's accounting. {reason}"
+        pytest.skip(reason)
+    return cluster
+
+
+def test_status_shows_why_runs_stopped(accounting, tmp_path):
+    """Of a run with two tasks the last one counts. One task waits, and has no log; another sweep's are not ours."""
+    script = trainers_arguments() + "import sys, time\n"
+    script += "print('a last line', flush=True)\nsys.exit(4) if 'maze' in sys.argv else time.sleep(300)\n"
+    script = write_script(tmp_path, script, "ppo_procgen.py")
+    (tmp_path / "another").mkdir()
+    grid = write_grid(tmp_path, {"env_id": ["maze", "miner", "ninja"]}, script)
+    options = ["--max-parallel", 1, "--max-array-size", 10]
+    (another,) = submit(tmp_path / "another", grid, *options)
+    accounting.run("scancel", another)
+    (first,) = submit(tmp_path, grid, *options)
+    ended_tasks = f"{first}_1"
+    accounting.wait(lambda: accounting.jobs().get(ended_tasks, {}).get("JobState") == "FAILED")
+    accounting.wait(lambda: accounting.jobs().get(f"{first}_2", {}).get("JobState") == "RUNNING")
+
+    def shown():
+        lines = run_sweep(tmp_path, grid, "--action", "status", "--verbose").stdout.splitlines()
+        return [line.split(": ", 1)[1] for line in lines if line.startswith(("maze-", "miner-", "ninja-"))]
+
+    log = f"slurm/generated/my_grid/logs/{first}"
+    failed = f"not started; Slurm task {first}_1 FAILED; {log}_1.log: a last line"
+    accounting.wait(lambda: shown()[0] == failed)
+    assert shown()[1] == f"running; Slurm task {first}_2 RUNNING; {log}_2.log: a last line"
+    assert shown()[2] == f"not started; Slurm task {first}_3 PENDING (JobArrayTaskLimit); no log"
+    accounting.run("scancel", first)
+    accounting.wait(lambda: "CANCELLED by 0" in shown()[1] and "CANCELLED by 0" in shown()[2])
+    again = accounting.run("sbatch", "--parsable", "--array=1", "slurm/generated/my_grid/array.sbatch", cwd=tmp_path)
+    ended(accounting, again.strip())
+    accounting.wait(lambda: shown()[0].startswith(f"not started; Slurm task {again.strip()}_1 FAILED"))
+
+
+def test_a_full_queue_is_explained(accounting, tmp_path):
+    grid = write_grid(tmp_path, {"code": [0, 1, 2, 3]}, write_script(tmp_path, EXITING))
+    user = ["sacctmgr", "--immediate", "modify", "user", "root", "set"]
+    accounting.run(*user, "MaxSubmitJobs=3")
+    try:
+        options = ["--action", "slurm", "--max-array-size", 3, "--python", sys.executable]
+        hold = ["--sbatch-arg", "hold"]
+        result = run_sweep(tmp_path, grid, *options, *hold, "--submit")
+        (job,) = re.findall(r"as job (\d+)", result.stdout)
+        accounting.run("scancel", job)
+    finally:
+        accounting.run(*user, "MaxSubmitJobs=-1")
+    assert result.returncode == 1
+    second = "slurm/generated/my_grid/array_2.sbatch"
+    assert_one_line(result.stderr, f"sbatch {second} failed", "MaxSubmitJobs", "wait until some have ended")
+    assert result.stderr.strip().endswith(f"To submit what is left: sbatch {second}")
 
 
 def test_names_the_largest_array(cluster, tmp_path):

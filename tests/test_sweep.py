@@ -1,9 +1,14 @@
 """The specification of sweep.py, but for what Slurm does with its files: test_slurm.py."""
 
+import ast
 import csv
+import errno
+import fcntl
+import hashlib
 import json
 import math
 import os
+import pty
 import random
 import re
 import shlex
@@ -11,6 +16,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import fields
 from pathlib import Path
 
@@ -57,6 +63,15 @@ def write_grid(folder, grid, script="ppo_procgen.py", name="my_grid"):
 def write_script(folder, text=NOTE_ARGUMENTS, name="note.py"):
     (folder / name).write_text(text)
     return folder / name
+
+
+def trainers_arguments():
+    """The beginning of a script that has the arguments of ppo_procgen.py, and does what follows at once."""
+    source = PROJECT.joinpath("ppo_procgen.py").read_text()
+    nodes = [ast.get_source_segment(source, node) for node in ast.parse(source).body]
+    wanted = [node for node in nodes if node.startswith(("class Args", "FREE_ARGUMENTS"))]
+    assert len(wanted) == 2
+    return "\n".join(["from __future__ import annotations", *wanted, ""])
 
 
 def run_sweep(folder, *arguments):
@@ -214,9 +229,11 @@ def test_names_are_those_that_the_script_gives_itself(tmp_path):
         "str": lambda: "x" + "".join(generator.choices("a/ %é+-.", k=4)),
     }
     annotations = {field.name: str(getattr(field.type, "__name__", field.type)) for field in fields(ppo_procgen.Args)}
+    others = {"xpid", "resume", "env_id", "distribution_mode", "checkpoint"}  # whose values are checked
     for _ in range(40):
-        names = generator.sample(sorted(annotations.keys() - {"xpid", "resume"}), 5)
+        names = generator.sample(sorted(annotations.keys() - others), 5)
         given = {name: values[annotations[name].split(" |")[0]]() for name in names}
+        given["env_id"] = generator.choice(sweep.GAMES)
         (line,) = commands(tmp_path, write_grid(tmp_path, {key: [value] for key, value in given.items()}))
         args = tyro.cli(ppo_procgen.Args, args=shlex.split(line)[2:])  # what the script will see
         name, args.xpid = args.xpid, None
@@ -225,7 +242,11 @@ def test_names_are_those_that_the_script_gives_itself(tmp_path):
 
 def test_hostile_values_give_xpids_that_are_folder_names_and_differ(tmp_path):
     values = ["a b", "a_b", "a/b", "a%20b", "a:b"]
-    names = xpids(commands(tmp_path, write_grid(tmp_path, {"checkpoint": values})))
+    fork = (
+        PROJECT.joinpath("ppo_procgen.py").read_text().replace("    env_id: str", "    mine: str = ''\n    env_id: str")
+    )
+    script = write_script(tmp_path, fork, "ppo_procgen.py")
+    names = xpids(commands(tmp_path, write_grid(tmp_path, {"mine": values}, script)))
     assert len(set(names)) == len(values) and all(re.fullmatch(r"[\w.%+-]+", name) for name in names)
 
 
@@ -244,6 +265,90 @@ def test_a_forks_own_arguments_are_known_and_its_code_is_not_run(tmp_path):
     lines = commands(tmp_path, write_grid(tmp_path, {"bonus": [0.1, 0.2]}, script))
     assert "--bonus 0.1" in lines[0] and "-ppo_bonus-lr" in lines[0]
     assert lines[0].endswith("-ha0.01_0") and lines[1].endswith("-bonus0.2_0")
+
+
+def test_a_checkpoint_is_named_by_its_file_and_its_content(tmp_path):
+    """Not by its folder: a long path would make the name too long, and a file may move."""
+    name = "model_" + "9" * 50 + ".50"
+    for folder in ("here", "deep/" * 20):
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+        (tmp_path / folder / f"{name}.pt").write_bytes(b"weights")
+    digest = hashlib.sha256(b"weights").hexdigest()[:8]
+    for folder in ("here", "deep/" * 20):
+        grid = write_grid(tmp_path, {"checkpoint": [f"{folder}/{name}.pt"], "env_id": ["maze"]})
+        (xpid,) = xpids(commands(tmp_path, grid))
+        assert xpid == f"maze-easy-200-ppo-lr0.0005-epoch3-mb8-v0.5-ha0.01-checkpoint{name[:40]}-{digest}_0"
+
+
+def fork_of(tmp_path, *fields):
+    source = PROJECT.joinpath("ppo_procgen.py").read_text()
+    assert "    env_id: str" in source
+    fields = "".join(f"    {field}\n" for field in fields)
+    return write_script(tmp_path, source.replace("    env_id: str", f"{fields}    env_id: str", 1), "ppo_procgen.py")
+
+
+def test_a_number_is_named_as_its_annotation_has_it(tmp_path):
+    """So that a default of 0 and a 0 in the grid name the same run."""
+    fork = fork_of(tmp_path, "my_coef: float = 0", "my_count: int = 2")
+    fork.write_text(fork.read_text().replace("ent_coef: float = 0.01", "ent_coef: float = 0"))
+    plain = "coinrun-easy-200-ppo-lr0.0005-epoch3-mb8-v0.5-ha0.0"
+    for value, named in ((0, ""), (0.0, ""), (1, "-my_coef1.0")):
+        assert xpids(commands(tmp_path, write_grid(tmp_path, {"my_coef": [value]}, fork))) == [f"{plain}{named}_0"]
+    assert xpids(commands(tmp_path, write_grid(tmp_path, {"my_count": [2.0]}, fork))) == [f"{plain}_0"]
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("mine: Optional[float] = None", 1),
+        ("mine: Annotated[bool, tyro.conf.arg(help='x')] = False", True),
+        ("mine: 'int' = 3", 4),
+        ("mine: tuple[int, int] = (1, 2)", [1, 2]),
+    ],
+)
+def test_an_annotation_that_is_not_plain_cannot_be_swept(tmp_path, field, value):
+    fork = fork_of(tmp_path, field)
+    assert len(commands(tmp_path, write_grid(tmp_path, {"gamma": [0.9]}, fork))) == 1  # it may be there
+    result = run_sweep(tmp_path, write_grid(tmp_path, {"mine": [value]}, fork))
+    assert result.returncode == 2
+    annotation = field.removeprefix("mine: ").split(" = ")[0]
+    assert_one_line(result.stderr, "'mine'", annotation.split("(")[0], "int, float, bool, str and Literal")
+
+
+def test_choices_can_be_swept(tmp_path):
+    fork = fork_of(tmp_path, "mine: Literal['a', 'b'] = 'a'")
+    lines = commands(tmp_path, write_grid(tmp_path, {"mine": ["a", "b"]}, fork))
+    assert ["--mine b" in line for line in lines] == ["-mineb_" in line for line in lines] == [False, True]
+    result = run_sweep(tmp_path, write_grid(tmp_path, {"mine": ["c"]}, fork))
+    assert_one_line(result.stderr, "'mine'", '"c"', "Literal['a', 'b']")
+
+
+@pytest.mark.parametrize("default", ["= field(default_factory=list)", "= 2 * BASE", ""])
+def test_a_default_that_is_not_a_constant_asks_for_a_name(tmp_path, default):
+    """The script itself would name such a run in another way."""
+    fork = fork_of(tmp_path, f"mine: int {default}")
+    result = run_sweep(tmp_path, write_grid(tmp_path, {"gamma": [0.9, 0.99]}, fork))
+    assert result.returncode == 2
+    assert_one_line(result.stderr, "the default of mine", "ppo_procgen.py", '"xpid": ["my_name"]')
+    names = xpids(commands(tmp_path, write_grid(tmp_path, {"gamma": [0.9, 0.99], "xpid": ["my_name"]}, fork)))
+    assert names == ["my_name-gamma0.9_0", "my_name-gamma0.99_0"]
+
+
+def test_a_seed_of_null_is_the_default(tmp_path):
+    (line,) = commands(tmp_path, write_grid(tmp_path, {"seed": [None]}))
+    assert "--seed 0 --xpid" in line and line.endswith("-ha0.01_0")
+
+
+def test_many_seeds_take_time_in_proportion(tmp_path):
+    """Fifty thousand took half a minute when each was compared with each."""
+    started = time.process_time()
+    assert len(commands(tmp_path, write_grid(tmp_path, {}), "--num-trials", 50_000)) == 50_000
+    assert time.process_time() - started < 10
+
+
+def test_another_suites_games_are_its_own_matter(tmp_path):
+    script = write_script(tmp_path, "class Args:\n    env_id: str = 'Breakout-v5'\n    seed: int = 0\n")
+    assert len(commands(tmp_path, write_grid(tmp_path, {"env_id": ["Pong-v5"]}, script))) == 1
 
 
 @pytest.mark.parametrize("change", ['FREE_ARGUMENTS += ("x",)', 'FREE_ARGUMENTS = FREE_ARGUMENTS + ("x",)'])
@@ -312,7 +417,13 @@ def test_a_hundred_thousand_commands_differ(tmp_path):
         ({"checkpoint": ["a\n"]}, ["'checkpoint'", "control characters"]),
         ('{"script": "ppo_procgen.py", "grid": {"checkpoint": ["\\ud800"]}}', ["'checkpoint'", "text"]),
         ({"gamma": [10**400]}, ["'gamma'", "finite"]),
-        ({"checkpoint": ["x" * 200]}, ["my_grid.json", "-checkpointxxx", "200 bytes", '"xpid"']),
+        ({"xpid": ["x" * 200]}, ["my_grid.json", "xxx_0", "200 bytes", '"xpid"']),
+        ({"lr": [0.1]}, ["'lr'", "did you mean learning_rate?"]),
+        ({"learning_rat": [0.1]}, ["did you mean learning_rate?"]),
+        ({"env_id": ["coinrun", "coinrum"]}, ["'env_id'", "'coinrum'", "did you mean coinrun?", "bigfish, bossfight"]),
+        ({"distribution_mode": ["eazy"]}, ["'distribution_mode'", "'eazy'", "easy, hard", "coinrun"]),
+        ({"env_id": ["maze", "miner"], "distribution_mode": ["exploration"]}, ["'exploration'", "memory for miner"]),
+        ({"checkpoint": ["none/model_1.00.pt"]}, ["checkpoint none/model_1.00.pt", "No such file"]),
         ("[" * 100_000, ["my_grid.json", "JSON"]),
         ('{"script": "ppo_procgen.py", "grid": {"env_id": ["miner",]}}', ["my_grid.json", "JSON", "line 1 column"]),
         ('{"script": "ppo_procgen.py", "grid": {"env_id": ["miner"], "env_id": ["maze"]}}', ["'env_id'", "2 times"]),
@@ -341,6 +452,10 @@ def test_a_mistake_in_a_grid_is_one_line_that_says_where(tmp_path, grid, parts):
         (["--action", "local", "--workers", 0], ["--workers", "at least 1"]),
         (["--action", "local", "--gpus", "0;1"], ["--gpus", "'0;1'", "0,1,2"]),
         (["--num-samples", 0], ["--num-samples", "at least 1"]),
+        (["--action", "slurm", "--side-by-side", 0], ["--side-by-side", "at least 1"]),
+        (["--action", "slurm", "--time", "00:02:00"], ["--time", "'00:02:00'", "at least 5 minutes"]),
+        (["--action", "slurm", "--time", "4:59"], ["--time", "'4:59'", "at least 5 minutes"]),
+        (["--action", "slurm", "--time", "two hours"], ["--time", "'two hours'", "hours:minutes:seconds"]),
         (["--python", "'python"], ["--python", "a command"]),
         (["--python", ""], ["--python", "a command"]),
         (["--action", "local", "--python", "no/python"], ["--python", "'no/python'", "found"]),
@@ -438,6 +553,15 @@ def test_arrays_cover_every_task_once_within_the_clusters_limit(num_tasks, max_a
         assert sum(parallel for *_, parallel in arrays) == max_parallel
 
 
+@pytest.mark.parametrize(
+    "limit, minutes",
+    [("5", 5), ("7:30", 7.5), ("12:00:00", 720), ("1-0", 1440), ("1-2:30", 1590), ("1-2:30:30", 1590.5), ("0", 0)]
+    + [("UNLIMITED", 0), ("x", None), ("1:2:3:4", None), ("", None)],
+)
+def test_time_limits_are_read_as_sbatch_reads_them(limit, minutes):
+    assert sweep.parse_time_limit(limit) == minutes
+
+
 SITE = [
     "--partition",
     "gpu long",
@@ -498,7 +622,7 @@ def test_a_smaller_sweep_of_a_name_is_refused_and_the_same_one_written_again(tmp
     assert [path.name for path in (tmp_path / "slurm/generated/job").glob("*.sbatch")] == ["array.sbatch"]
     result = run_sweep(tmp_path, write_grid(tmp_path, {"env_id": ["miner"]}), *options)
     assert result.returncode == 2
-    assert_one_line(result.stderr, "slurm/generated/job", "--job-name")
+    assert_one_line(result.stderr, "slurm/generated/job", "queued tasks still read", "--job-name job_")
 
 
 SBATCH = """#!/bin/sh
@@ -571,11 +695,14 @@ def test_a_sweep_that_runs_here_is_stopped_and_goes_on_and_status_follows_it(tmp
     assert not commands(tmp_path, *options, "--only-missing")  # what is running is not to be started again
     process.send_signal(signal.SIGTERM)
     first, *each, last = process.communicate()[0].splitlines()
-    assert first == "2 runs, 2 at a time; logs in logs/my_grid/" and last.endswith("2 stopped, 0 not started")
+    assert first == "2 runs, 2 at a time; logs in logs/my_grid/"
+    wanted = r"2 runs: 0 done, 0 failed, 2 stopped, 0 not started; [1-9]\d\.0 % in all; run the same command again .*"
+    assert re.fullmatch(wanted, last)
     assert sorted(line.split(" is ")[1] for line in each) == ["stopped, 1 of 2", "stopped, 2 of 2"]
     assert process.returncode == 75
     _, summary, _ = rows(tmp_path, *options)
     assert "0 done" in summary and "2 stopped" in summary
+    assert re.search(r"[\d.]+ % in all", last)[0] in summary
 
     process = start_sweep(tmp_path, options[0], "--workers", 2)
     assert "2 runs: 2 done" in process.communicate()[0] and process.returncode == 0
@@ -694,6 +821,123 @@ def test_a_signal_stops_what_runs_here_ready_or_not(tmp_path, signum):
     assert (tmp_path / "started").read_text() == "xxx"
 
 
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGHUP])
+def test_a_burst_of_signals_changes_nothing_in_the_exit_code(tmp_path, signum):
+    grid = write_grid(tmp_path, {"number": [0, 1], "handles": [True]}, write_script(tmp_path, STOPPABLE))
+    process = start_sweep(tmp_path, grid, "--workers", 2)
+    wait_for(lambda: (tmp_path / "started").exists() and (tmp_path / "started").read_text() == "xx", process)
+    while process.poll() is None:  # also while Python ends
+        process.send_signal(signum)
+        time.sleep(0.0005)
+    assert process.returncode == 75
+    assert "2 runs: 0 done, 0 failed, 2 stopped" in process.communicate()[0]
+
+
+def test_a_lost_terminal_stops_the_commands_too(tmp_path):
+    """Its commands would run on, and a second sweep would start them again."""
+    grid = write_grid(tmp_path, {"number": [0, 1], "handles": [True]}, write_script(tmp_path, STOPPABLE))
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.chdir(tmp_path)
+        command = [sys.executable, str(PROJECT / "sweep.py"), "--grid-config", grid, "--action", "local"]
+        os.execv(sys.executable, [*command, "--workers", "2"])
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "started").exists() or (tmp_path / "started").read_text() != "xx":
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 75
+    assert [log.read_text().count("saved") for log in tmp_path.glob("logs/*/*.log")] == [1, 1]
+
+
+def test_nohup_outlives_the_terminal(tmp_path):
+    script = "import time\nclass Args:\n    number: int = 0\nopen('started', 'w'); time.sleep(1)"
+    grid = write_grid(tmp_path, {"number": [0]}, write_script(tmp_path, script))
+    command = f"nohup {sys.executable} {PROJECT}/sweep.py --grid-config {grid} --action local"
+    process = subprocess.Popen(shlex.split(command), cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    wait_for((tmp_path / "started").exists, process)
+    process.send_signal(signal.SIGHUP)
+    assert "1 runs: 1 done" in process.communicate()[0] and process.returncode == 0
+
+
+def test_a_reader_that_has_gone_does_not_end_the_sweep(tmp_path):
+    """Ctrl-C ends the tee behind it first."""
+    grid = write_grid(tmp_path, {"number": [0, 1], "handles": [True]}, write_script(tmp_path, STOPPABLE))
+    process = start_sweep(tmp_path, grid, "--workers", 2)
+    wait_for(lambda: (tmp_path / "started").exists() and (tmp_path / "started").read_text() == "xx", process)
+    process.stdout.close()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(120) == 75
+    assert [log.read_text().count("saved") for log in tmp_path.glob("logs/*/*.log")] == [1, 1]
+
+
+def test_a_run_in_use_is_not_started_and_not_counted_as_failed(tmp_path):
+    """One is locked, as by a training; another's process is still importing, and has no lock yet."""
+    script = "import sys, time\nif '--hidden-size' not in sys.argv:\n    time.sleep(60)\n"
+    script = write_script(tmp_path, trainers_arguments() + script, "ppo_procgen.py")
+    grid = write_grid(tmp_path, {"env_id": ["maze", "miner"], "total_timesteps": [32768]}, script)
+    locked, importing = commands(tmp_path, grid, "--python", sys.executable)
+    folder = tmp_path / "models" / "maze" / xpids([locked])[0]
+    folder.mkdir(parents=True)
+    with (
+        filelock.FileLock(folder / ".lock"),
+        subprocess.Popen(shlex.split(importing), cwd=tmp_path) as process,
+    ):
+        wait_for(lambda: Path(f"/proc/{process.pid}/cmdline").read_bytes().count(b"ppo_procgen.py"), process)
+        table, _, _ = rows(tmp_path, grid)
+        assert [row["running"] for row in table.values()] == ["1", "1"]
+        assert not commands(tmp_path, grid, "--only-missing")
+        started = start_sweep(tmp_path, grid)
+        output = started.communicate()[0]
+        process.kill()
+    assert started.returncode == 75 and not list(tmp_path.glob("logs/*/*.log"))
+    assert output.count("is in use by another process") == 2
+    wanted = "2 runs: 0 done, 0 failed, 0 stopped, 2 in use, 0 not started; run the same command again"
+    assert output.splitlines()[-1].startswith(wanted)
+
+
+def test_a_run_that_another_process_took_first_is_in_use(tmp_path):
+    """The lock was taken between the look at it and the script's own."""
+    locks = "import fcntl, os, subprocess, sys, time\n"
+    locks += "folder = f'models/maze/{sys.argv[-1]}'\nos.makedirs(folder)\nfile = open(f'{folder}/.lock', 'w')\n"
+    locks += (
+        "fcntl.flock(file, fcntl.LOCK_EX)\nsubprocess.Popen(['sleep', '30'], pass_fds=[file.fileno()])\nsys.exit(1)\n"
+    )
+    script = write_script(tmp_path, trainers_arguments() + locks, "ppo_procgen.py")
+    grid = write_grid(tmp_path, {"env_id": ["maze"], "total_timesteps": [32768]}, script)
+    process = start_sweep(tmp_path, grid)
+    assert "0 failed, 0 stopped, 1 in use" in process.communicate()[0] and process.returncode == 75
+
+
+def test_a_killed_command_is_explained(tmp_path):
+    script = "import os\nclass Args:\n    number: int = 0\nos.kill(os.getpid(), 9)"
+    grid = write_grid(tmp_path, {"number": [0]}, write_script(tmp_path, script))
+    process = start_sweep(tmp_path, grid)
+    assert "exit code -9 (killed, usually because memory ran out" in process.communicate()[0]
+    assert process.returncode == 1
+
+
+def test_commands_run_with_the_interpreter_of_the_sweep_and_all_gpus(tmp_path, monkeypatch):
+    """Outside an active environment `python` may be another one, without PyTorch."""
+    (tmp_path / "bin").mkdir()
+    write_script(tmp_path / "bin", "#!/bin/sh\nexit 9\n", "python").chmod(0o755)
+    listed = "GPU 0: NVIDIA A100-SXM4-40GB (UUID: GPU-5d5b)\nGPU 1: NVIDIA A100-SXM4-40GB (UUID: GPU-8f3c)"
+    write_script(tmp_path / "bin", f"#!/bin/sh\n[ $1 = -L ] && echo '{listed}'\n", "nvidia-smi").chmod(0o755)
+    script = "import os, sys, time\nclass Args:\n    number: int = 0\n"
+    script += "print(sys.executable, os.environ.get('CUDA_VISIBLE_DEVICES'), file=open('noted.txt', 'a'))\n"
+    script += "time.sleep(0.5)"
+    grid = write_grid(tmp_path, {"number": [0, 1, 2, 3]}, write_script(tmp_path, script))
+    command = [sys.executable, PROJECT / "sweep.py", "--grid-config", grid, "--action", "local", "--workers", "2"]
+    environment = {**os.environ, "PATH": f"{tmp_path}/bin:{os.environ['PATH']}"}
+    environment.pop("CUDA_VISIBLE_DEVICES", None)
+    subprocess.run(command, cwd=tmp_path, env=environment, check=True)
+    noted = sorted((tmp_path / "noted.txt").read_text().splitlines())
+    assert noted == [f"{sys.executable} {gpu}" for gpu in (0, 0, 1, 1)]
+    (tmp_path / "noted.txt").unlink()
+    subprocess.run(command, cwd=tmp_path, env={**environment, "CUDA_VISIBLE_DEVICES": ""}, check=True)
+    assert (tmp_path / "noted.txt").read_text() == f"{sys.executable} \n" * 4  # none are wanted
+
+
 def fake_run(folder, seed, steps, train, tests, final=True, env_id="maze"):
     """The traces of a finished run that status reads. Returned is its folder."""
     run = folder / "models" / env_id / f"{env_id}-easy-200-ppo-lr0.0005-epoch3-mb8-v0.5-ha0.01_{seed}"
@@ -774,7 +1018,7 @@ HEADER = "iteration,global_step,charts/episodic_return,charts/test_return\n"
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"\xff\xfe", b"a,b\n1,2\n", f"{HEADER}1,2,x,3\n", f"{HEADER}1,16384,3", f"{HEADER}1,16384,3,4", HEADER * 2]
+    [b"\xff\xfe", b"a,b\n1,2\n", f"{HEADER}1,2,x,3\n", f"{HEADER}1,16384,3\n", HEADER * 2]
     + [f"{HEADER}1,{'2' * 200_000},3,4,5\n", None],
 )
 def test_a_damaged_table_is_a_row_that_says_so(tmp_path, content):
@@ -790,6 +1034,73 @@ def test_a_damaged_table_is_a_row_that_says_so(tmp_path, content):
     assert code == 3 and (cells["my_grid"]["done"], cells["my_grid"]["damaged"]) == ("1", "1")
     assert "1 done" in summary and "1 damaged" in summary
     assert "_1: damaged (" in run_sweep(tmp_path, grid, "--num-trials", 2, "--action", "status", "--verbose").stdout
+
+
+@pytest.mark.parametrize("content", ["", HEADER, f"{HEADER}1,16384,3", None])
+def test_a_finished_run_whose_table_was_lost_is_done(tmp_path, content):
+    """Its script says so too. It was offered by --only-missing for ever."""
+    grid = write_grid(tmp_path, {"env_id": ["maze"], "total_timesteps": [32768]})
+    table = fake_run(tmp_path, 0, 32768, 8.0, [5.25]) / "progress.csv"
+    table.unlink()
+    if content is not None:
+        table.write_text(content)
+    cells, _, code = rows(tmp_path, grid)
+    assert code == 0 and (cells["my_grid"]["done"], cells["my_grid"]["final test"]) == ("1", "5.25")
+    assert not commands(tmp_path, grid, "--only-missing")
+
+
+@pytest.mark.parametrize("end", ["\n", "\n\n", " \n", "3,327", "3,32768,9.0,7.0"])
+def test_blank_and_unfinished_lines_at_the_end_of_a_table_are_left_out(tmp_path, end):
+    grid = write_grid(tmp_path, {"env_id": ["maze"], "total_timesteps": [65536]})
+    with open(fake_run(tmp_path, 0, 32768, 8.0, [5.0, 6.0], final=False) / "progress.csv", "a") as file:
+        file.write(end)
+    cells, _, _ = rows(tmp_path, grid)
+    assert list(cells["my_grid"].values())[3:] == ["1", "0", "0", "50.0 %", "8.00", "6.00", "-", "-", "-"]
+
+
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_flock_is_named(tmp_path, monkeypatch, code):
+    """Nobody could tell which runs are running, and --only-missing would start them again."""
+
+    def flock(file, operation):
+        raise OSError(code, os.strerror(code))
+
+    run = fake_run(tmp_path, 0, 32768, 8.0, [5.0], final=False)
+    (run / ".lock").touch()
+    monkeypatch.setattr(fcntl, "flock", flock)
+    grid = write_grid(tmp_path, {"env_id": ["maze"], "total_timesteps": [32768]})
+    result = run_sweep(tmp_path, grid, "--only-missing")
+    assert result.returncode == 1 and not result.stdout
+    assert_one_line(result.stderr, ".lock", "no flock", os.strerror(code), "another file system")
+
+
+SACCT = r"""#!/bin/sh
+echo "7_1|OUT_OF_MEMORY|$PWD|x|sbatch --parsable slurm/generated/x/array_1.sbatch"
+echo "7_[2]|CANCELLED by 1000|$PWD|x|sbatch $PWD/slurm/generated/x/array_1.sbatch"
+echo "8_1|TIMEOUT|$PWD|x|sbatch --array=1 array_2.sbatch"
+echo "9_1|FAILED|/elsewhere|x|sbatch slurm/generated/x/array_2.sbatch"
+echo "12|FAILED|$PWD|other|sbatch other.sh a|b"
+"""
+SQUEUE = r"""#!/bin/sh
+echo "8_2-3%4|PENDING (Resources)|$PWD|x|$PWD/slurm/generated/x/array_2.sbatch"
+echo "11_1|RUNNING (None)|$PWD|gone|$PWD/slurm/generated/gone/array.sbatch"
+"""
+
+
+def test_verbose_shows_the_state_of_the_last_slurm_task(tmp_path, monkeypatch):
+    """In the formats that sacct and squeue document; test_slurm.py asks real ones."""
+    grid = write_grid(tmp_path, {"env_id": list(sweep.GAMES[:7]), "total_timesteps": [32768]})
+    options = ["--action", "slurm", "--job-name", "x", "--runs-per-task", 2, "--max-array-size", 3]
+    assert run_sweep(tmp_path, grid, *options).returncode == 0
+    (tmp_path / "bin").mkdir()
+    for name, content in (("sacct", SACCT), ("squeue", SQUEUE)):
+        write_script(tmp_path / "bin", content, name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
+    lines = status_lines(tmp_path, grid, "--verbose")
+    shown = [line.split("; ", 1)[1] for line in lines if "Slurm task" in line]
+    out_of_memory, cancelled = "Slurm task 7_1 OUT_OF_MEMORY; no log", "Slurm task 7_2 CANCELLED by 1000; no log"
+    timeout, pending = "Slurm task 8_1 TIMEOUT; no log", "Slurm task 8_2 PENDING (Resources); no log"
+    assert shown == [out_of_memory] * 2 + [cancelled] * 2 + [timeout] * 2 + [pending]
 
 
 def test_verbose_shows_the_newest_log_of_what_is_unfinished_and_its_last_line(tmp_path):
@@ -854,6 +1165,28 @@ def test_curves_have_a_panel_for_each_game_and_are_as_long_as_the_runs(tmp_path,
     assert [(row["configuration"], row["done"]) for row in table] == [
         ("env_id=maze", "0"), ("env_id=heist", "0"), ("env_id=miner", "0")
     ]  # fmt: skip
+
+
+def test_many_configurations_are_counted_thin_and_in_columns_and_later_lines_do_not_hide_earlier_ones(
+    tmp_path, monkeypatch
+):
+    for number, most, least in ((2, 2.7, 1.2), (16, 1.4, 0.6)):
+        rates = [(i + 1) / 1e4 for i in range(number)]
+        grid = {"env_id": ["maze"], "learning_rate": rates, "total_timesteps": [4_000_000]}
+        for rate in rates:
+            for seed in (0, 1):
+                run = fake_run(tmp_path, f"{number}x{rate}x{seed}", 4_000_000, 8.0, [5.0, 6.0])
+                name = f"maze-easy-200-ppo-lr{rate}-epoch3-mb8-v0.5-ha0.01_{seed}"
+                shutil.rmtree(run.with_name(name), ignore_errors=True)
+                run.rename(run.with_name(name))
+        figure, _ = drawn(monkeypatch, tmp_path, write_grid(tmp_path, grid), "--num-trials", 2)
+        widths = [line.get_linewidth() for line in figure.axes[0].lines if line.get_linestyle() == "-"]
+        assert len(widths) == number and widths == sorted(widths, reverse=True) and widths[0] > widths[-1]
+        assert most > max(widths) and min(widths) > least
+        (legend,) = figure.legends
+        title, *lines = legend.get_title().get_text().split("\n")
+        assert title == f"{number} configurations" and "beyond the last step that all seeds have reached" in lines[-1]
+        assert legend._ncols > 1
 
 
 def test_reference_runs_are_a_grey_band_behind_the_curves(tmp_path, monkeypatch):
