@@ -62,7 +62,7 @@ SMALL += "--total-timesteps 384 --log-interval 2 --archive-interval 3 --num-eval
 # rollout and in the last step of the second one.
 DODGEBALL = "--env-id dodgeball --distribution-mode hard --seed 8 --start-level 10 --num-levels 40".split()
 DODGEBALL += "--num-envs 8 --num-steps 20 --total-timesteps 320 --num-minibatches 2 --update-epochs 2".split()
-DODGEBALL += "--learning-rate 0.001 --gamma 0.9 --norm-reward-gamma 0.7 --gae-lambda 0.8 --clip-coef 0.002".split()
+DODGEBALL += "--learning-rate 0.001 --gamma 0.9 --norm-reward-gamma 0.7 --gae-lambda 0.8 --clip-coef 0.01".split()
 DODGEBALL += "--ent-coef 0.05 --vf-coef 0.7".split()
 DODGEBALL += (
     "--max-grad-norm 0.05 --adam-eps 0.001 --hidden-size 64 --num-eval-episodes 1 --archive-interval 100".split()

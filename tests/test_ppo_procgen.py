@@ -278,10 +278,10 @@ def plain_ppo(num_iterations, lr=0.001, norm_adv=True, clip_vloss=True):
                 policy = torch.distributions.Categorical(logits=logits)
                 log_ratio = policy.log_prob(actions[picked]) - log_probs[picked]
                 ratio = log_ratio.exp()
-                gain = torch.min(ratio * advantage, ratio.clamp(0.998, 1.002) * advantage).mean()
+                gain = torch.min(ratio * advantage, ratio.clamp(0.99, 1.01) * advantage).mean()
                 error = (value - returns[picked]) ** 2
                 if clip_vloss:
-                    moved = values[picked] + (value - values[picked]).clamp(-0.002, 0.002)
+                    moved = values[picked] + (value - values[picked]).clamp(-0.01, 0.01)
                     error = torch.max(error, (moved - returns[picked]) ** 2)
                 error, entropy = error.mean() / 2, policy.entropy().mean()
                 optimizer.zero_grad()
@@ -290,7 +290,7 @@ def plain_ppo(num_iterations, lr=0.001, norm_adv=True, clip_vloss=True):
                 for p in agent.parameters():
                     p.grad *= min(1.0, 0.05 / norm)
                 optimizer.step()
-                clipped = (ratio < 0.998) | (ratio > 1.002)
+                clipped = (ratio < 0.99) | (ratio > 1.01)
                 kls = -log_ratio.mean(), (ratio - 1 - log_ratio).mean()
                 losses.append([x.item() for x in (-gain, error, entropy, *kls, clipped.double().mean(), norm)])
         names = "policy_loss value_loss entropy old_approx_kl approx_kl clipfrac grad_norm".split()
@@ -304,13 +304,13 @@ def assert_is_plain_ppo(run, results):
     """The weights of a run's last iteration, and the rows of its progress.csv, are those of plain_ppo()."""
     trained = runs.load(run / "rolling" / "model.pt")["model_state_dict"]
     for name, expected in results[-1][0].items():
-        torch.testing.assert_close(trained[name], expected, rtol=0, atol=8e-5)  # float32 against float64
+        torch.testing.assert_close(trained[name], expected, rtol=0, atol=5e-5)  # float32 against float64
     with open(run / "progress.csv") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == len(results)
     for row, (_, _, expected) in zip(rows, results):
-        # A rounding error moves samples across the edge of such a narrow clipping range.
-        assert {name: float(row[name]) for name in expected} == pytest.approx(expected, rel=5e-2, abs=5e-6)
+        # A rounding error may move a sample across the edge of the clipping range.
+        assert {name: float(row[name]) for name in expected} == pytest.approx(expected, rel=2e-3, abs=2e-6)
 
 
 def test_iterations_of_main_are_those_of_a_plain_ppo_loop(dodgeball, tmp_path):
