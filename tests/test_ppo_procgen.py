@@ -304,7 +304,7 @@ def assert_is_plain_ppo(run, results):
     """The weights of a run's last iteration, and the rows of its progress.csv, are those of plain_ppo()."""
     trained = runs.load(run / "rolling" / "model.pt")["model_state_dict"]
     for name, expected in results[-1][0].items():
-        torch.testing.assert_close(trained[name], expected, rtol=0, atol=5e-5)  # float32 against float64
+        torch.testing.assert_close(trained[name], expected, rtol=0, atol=8e-5)  # float32 against float64
     with open(run / "progress.csv") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == len(results)
