@@ -16,6 +16,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # read when PyTorch is loaded
 import ast
 import contextlib
 import csv
+import ctypes
 import errno
 import hashlib
 import importlib.metadata
@@ -714,7 +715,7 @@ def check_args(args: Args) -> None:
         fail("--track needs the package wandb, which is not installed: pip install wandb, or leave --track out", 2)
 
 
-# DEVICES
+# DEVICES AND SPEED
 
 
 def choose_device(args: Args) -> torch.device:
@@ -763,6 +764,21 @@ def describe_machine(device: torch.device) -> dict:
             model = line.partition(":")[2].strip()
     instructions = torch.backends.cpu.get_cpu_capability()
     return {"device": "cpu", "model": f"{model} {instructions}", "threads": torch.get_num_threads()}
+
+
+def keep_large_blocks() -> None:
+    """Tell glibc's malloc to keep freed memory instead of returning it to the kernel.
+
+    Otherwise large activations are page-faulted in again at their next use: 4 to 6 times as many faults, and an
+    iteration on two threads took a fifth to a half more of the CPU's time.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return
+    mallopt = ctypes.CDLL(None).mallopt
+    mmap_threshold, trim_threshold = -3, -1  # their numbers in malloc.h
+    if not mallopt(mmap_threshold, 2**30):
+        mallopt(mmap_threshold, 2**25)  # older versions refuse more than 32 MB
+    mallopt(trim_threshold, 2**31 - 1)
 
 
 # SIGNALS AND ERRORS
@@ -1316,6 +1332,7 @@ class Run:
 
 def main() -> None:
     args = parse_args()
+    keep_large_blocks()
     try:
         train(args)
     except BrokenPipeError:
