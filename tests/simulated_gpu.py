@@ -3,7 +3,8 @@
 The device is called fakegpu (PyTorch's PrivateUse1). Each of its tensors computes in a tensor on the CPU. As with CUDA,
 an operation on tensors of both devices raises and the device has a random generator of its own. Copies between device
 and host are counted, and printed as the last line. With SIMULATED_GPU_FAILS_AT=N every operation on the device after N
-backward passes fails, as after an illegal memory access. Autocast (--bfloat16) does not work on it.
+backward passes fails, as after an illegal memory access; with SIMULATED_GPU_LARGEST_TENSOR=N its memory is exhausted by
+a tensor of more than N elements. Autocast (--bfloat16) does not work on it.
 
 The script runs as a copy in ./copies/, in which "cuda" is fakegpu.
 """
@@ -25,6 +26,7 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 
 NAME = "fakegpu"
 FAILS_AT = int(os.environ.get("SIMULATED_GPU_FAILS_AT", -1))
+LARGEST_TENSOR = int(os.environ.get("SIMULATED_GPU_LARGEST_TENSOR", 2**62))
 READING = {"aten::_local_scalar_dense", "aten::equal", "aten::nonzero", "aten::is_nonzero", "aten::masked_select"}
 counts = Counter()
 generator = torch.Generator()
@@ -39,6 +41,7 @@ def make_module() -> types.ModuleType:
     module._lazy_init = lambda: None
     module.device_count = lambda: 1
     module.current_device = lambda: 0
+    module.manual_seed = generator.manual_seed
     module.manual_seed_all = generator.manual_seed
     module.get_rng_state = lambda device=None: generator.get_state()
     module.set_rng_state = lambda state, device=None: generator.set_state(state)
@@ -128,6 +131,8 @@ def dispatch(function, args, kwargs):
         def wrap(x):
             if not isinstance(x, torch.Tensor):
                 return x
+            if x.numel() > LARGEST_TENSOR:
+                raise torch.OutOfMemoryError("CUDA out of memory (simulated)")
             return wrappers[id(x)] if id(x) in wrappers else DeviceTensor(x)
 
         return tree_map(wrap, result)

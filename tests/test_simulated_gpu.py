@@ -13,6 +13,7 @@ import torch
 from conftest import assert_one_line
 from runs import ROOT, run_main
 
+import collect_procgen
 import ppo_procgen
 
 # Three iterations of 64 steps, two of which are archived.
@@ -127,3 +128,32 @@ def test_a_slurm_job_whose_gpu_is_unusable_does_not_train_on_the_cpu_by_accident
     assert not list(tmp_path.iterdir())
     monkeypatch.delenv(variable)  # a job without a GPU
     assert run_main(ppo_procgen, [*ON_GPU, "--total-timesteps", "64"], tmp_path).returncode == 0
+
+
+def test_a_run_that_does_not_fit_into_the_gpu_is_one_line(tmp_path):
+    process = run_on_simulated_gpu("ppo_procgen.py", ON_GPU, tmp_path, SIMULATED_GPU_LARGEST_TENSOR="500000")
+    assert process.returncode == 1
+    assert_one_line(process.stderr, "there is not enough memory", "--num-envs")
+
+
+def collect_on_simulated_gpu(folder, tmp_path, **environment):
+    (checkpoint,) = runs.run_dir(folder).glob("final/*.pt")
+    options = ["--checkpoint", str(checkpoint), "--num-episodes", "4", "--num-envs", "4"]
+    command = [*options, "--dataset-saving-dir", "dataset"]
+    return checkpoint, run_on_simulated_gpu("collect_procgen.py", command, tmp_path, **environment)
+
+
+def test_a_dataset_that_a_gpu_collected_is_verified_without_one(trained, tmp_path):
+    folder, _ = trained
+    checkpoint, process = collect_on_simulated_gpu(folder, tmp_path)
+    assert process.returncode == 0, process.stderr
+    assert json.loads((tmp_path / "dataset" / "metadata.json").read_text())["device"] == "fakegpu"
+    process = run_main(collect_procgen, ["--verify", "dataset", "--checkpoint", str(checkpoint)], tmp_path)
+    assert process.returncode == 0, process.stdout + process.stderr
+
+
+def test_a_collection_that_does_not_fit_into_the_gpu_is_one_line(trained, tmp_path):
+    folder, _ = trained
+    _, process = collect_on_simulated_gpu(folder, tmp_path, SIMULATED_GPU_LARGEST_TENSOR="200000")
+    assert process.returncode == 1
+    assert_one_line(process.stderr, "the GPU has too little memory", "--num-envs")
