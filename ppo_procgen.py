@@ -1024,7 +1024,7 @@ class Run:
             first_step = self.snapshot["iteration"] * self.args.num_steps - len(chunk["actions"])
             buffer = io.BytesIO()
             np.savez_compressed(buffer, **chunk)
-            write_file(self.recording / f"0_0_{first_step:08d}.npz", buffer.getvalue())
+            write_file(self.recording / f"0_{first_step:08d}.npz", buffer.getvalue())
             self.recorded = []
         write_checkpoint(self.rolling, self.snapshot)
 
@@ -1053,8 +1053,8 @@ class Run:
     def open_recording(self) -> None:
         """Drop what was recorded beyond the resumed iteration. Exits with code 2 if there is a gap before it."""
         recorded = 0
-        for path in sorted(self.recording.glob("0_0_*.npz")):
-            first_step = int(path.stem[4:])
+        for path in sorted(self.recording.glob("0_*.npz")):
+            first_step = int(path.stem[2:])
             if first_step >= self.iteration * self.args.num_steps:
                 path.unlink()
             else:
@@ -1066,10 +1066,17 @@ class Run:
 
     def describe_recording(self, complete: bool) -> None:
         levels = ("env_id", "distribution_mode", "num_levels", "start_level")
-        streams = [{"seed": self.args.seed, "num_envs": self.args.num_envs}]
-        metadata = {"format": 1, "kind": "recording", **{name: getattr(self.args, name) for name in levels}}
+        segment = {"seed": self.args.seed, "num_envs": self.args.num_envs}
+        metadata = {"format": 2, **{name: getattr(self.args, name) for name in levels}}
         metadata |= {key: self.header[key] for key in ("args", "xpid", "script", "script_sha256", "versions")}
-        metadata |= {"segments": [{"streams": streams}], "complete": complete}
+        if complete:
+            sha256 = hashlib.sha256()
+            for path in sorted(self.recording.glob("0_*.npz")):
+                with np.load(path) as chunk:
+                    sha256.update(chunk["log_probs"].tobytes())
+            segment["rows"] = self.iteration * self.args.num_steps
+            metadata["log_probs_sha256"] = sha256.hexdigest()
+        metadata |= {"segments": [segment], "complete": complete}
         write_file(self.recording / "metadata.json", json.dumps(metadata, indent=2).encode())
 
 

@@ -802,11 +802,10 @@ def test_a_recording_holds_what_the_games_showed(dodgeball):
     (folder,) = dodgeball.glob("models/dodgeball/*/rollouts")
     metadata = json.loads((folder / "metadata.json").read_text())
     assert metadata["complete"] and metadata["args"]["num_steps"] == 20
-    assert (metadata["kind"], metadata["env_id"], metadata["num_levels"]) == ("recording", "dodgeball", 40)
-    ((stream,),) = (segment["streams"] for segment in metadata["segments"])
-    assert stream == {"seed": 8, "num_envs": 8}
+    assert (metadata["format"], metadata["env_id"], metadata["num_levels"]) == (2, "dodgeball", 40)
+    assert metadata["segments"] == [{"seed": 8, "num_envs": 8, "rows": 40}]
     paths = sorted(folder.glob("*.npz"))
-    assert paths[0].name == "0_0_00000000.npz"
+    assert paths[0].name == "0_00000000.npz"
     chunks = [np.load(path) for path in paths]
     actions, rewards, dones, checksums, log_probs = (
         np.concatenate([chunk[key] for chunk in chunks])
@@ -827,6 +826,7 @@ def test_a_recording_holds_what_the_games_showed(dodgeball):
         reward, _, end = games.observe()
         assert np.array_equal(reward, rewards[t]) and np.array_equal(end, dones[t])
     assert dones.any() and rewards.any()
+    assert metadata["log_probs_sha256"] == hashlib.sha256(log_probs.tobytes()).hexdigest()
 
 
 def test_a_recording_cannot_begin_in_the_middle(tmp_path):

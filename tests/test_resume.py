@@ -438,7 +438,7 @@ def test_what_ends_a_run_early_saves_its_last_iteration_first(uninterrupted, tmp
     assert runs.same(runs.final(tmp_path)["model_state_dict"], runs.final(uninterrupted)["model_state_dict"])
     recorded = 0
     for path in sorted(runs.run_dir(tmp_path).glob("rollouts/*.npz")):
-        assert path.name == f"0_0_{recorded:08d}.npz"
+        assert path.name == f"0_{recorded:08d}.npz"
         recorded += len(np.load(path)["actions"])
     assert recorded == 6 * 16
 
