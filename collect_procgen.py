@@ -1,4 +1,4 @@
-"""Plays trained checkpoints on Procgen: collects datasets, records, draws, verifies, evaluates and films them.
+"""Plays trained checkpoints on Procgen: collects, records, draws and verifies datasets, evaluates, makes videos.
 
     python collect_procgen.py --checkpoint models/coinrun/XPID/final/model_9.50.pt  # a dataset of a million steps
     python collect_procgen.py --env-id coinrun --ratio 0.75                         # of every run, at 75 % of its end
@@ -95,7 +95,7 @@ class Args:
     # COLLECT
     total_timesteps: int = 1_000_000  # start no episode after so many steps; running episodes are played to their end
     num_episodes: int | None = None  # or play exactly so many episodes, spread evenly over the environments
-    num_envs: int = 64  # number of parallel environments; more are faster on a GPU
+    num_envs: int = 64  # number of parallel environments; on a GPU more are faster
     epsilon: float = 0.0  # probability of a uniformly random action in place of the policy's
     agent_from: str | None = None  # script whose class Agent is the checkpoint's network, if that is not this script's
     cuda: bool = True  # use the GPU if there is one
@@ -375,7 +375,8 @@ def collect(args: Args, path: Path | None, state: dict, folder: Path | None, not
     args = fill_in(args, state["args"])
     device = choose_device(args)
     agent = None if args.random else load_agent(args, state, path).to(device)
-    print(f"{args.env_id}, {args.distribution_mode}, {path or 'random actions'} -> {folder or 'evaluation only'}")
+    played = f"{args.env_id}, {args.distribution_mode}, {path or 'random actions'}"
+    print(f"{played} -> {folder or 'evaluation only'}", flush=True)
     with Dataset(args, folder, describe(args, path, state, device, note)) as dataset:
         for number, segment in dataset.segments():
             policy = RandomPolicy() if args.random else Policy(agent, args, segment["num_envs"], device)
@@ -758,7 +759,7 @@ def load_agent(args: Args, state: dict, path: Path) -> nn.Module:
 
 def policies_of(args: Args, metadata: dict):
     """A function from a number of environments to the policy that --verify can compare with, or None."""
-    played_with = SimpleNamespace(**metadata["args"])
+    played_with = SimpleNamespace(**{"epsilon": 0.0, **metadata["args"]})
     if args.checkpoint is None:
         is_random = metadata["args"].get("random") is True
         return lambda num_envs: RandomPolicy() if is_random else None
@@ -1216,7 +1217,7 @@ class Dataset(Recording):
     def choose_iterations(self, first: int, last: int) -> None:
         num_steps = self.metadata["args"].get("num_steps")
         require(self.args, num_steps is not None, "iterations", "left out, as this is not the recording of a training")
-        most = self.lengths[0] // num_steps
+        most = sum(self.lengths) // num_steps
         require(self.args, last <= most, "iterations", f"within the {most} iterations that are recorded")
         self.first_row = (first - 1) * num_steps
         self.last_row = last * num_steps
@@ -1319,7 +1320,7 @@ class Dataset(Recording):
                 write_file(path, to_npz(chunk))
                 self.chunks[self.number].append((first_step, path))
                 self.unsaved = []
-            self.write_metadata()
+                self.write_metadata()
             list(self.pool.map(self.write_episode, [job.result() for job in self.packing]))
             self.packing = []
             self.unwritten_steps = 0

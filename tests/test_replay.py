@@ -58,6 +58,13 @@ def test_the_view_may_be_deleted_and_drawn_again_by_either_command(copied, datas
     assert render(copied).returncode == 0 and contents(copied) == contents(dataset)
 
 
+def test_a_complete_dataset_whose_view_is_being_drawn_again_stays_complete(copied, starpilot, monkeypatch):
+    before = (copied / "metadata.json").read_bytes()
+    options = [copied, starpilot, "--num-episodes", "12", "--save-interval", "0.001"]
+    assert die_within(monkeypatch, "act", 150, collect, *options) is None
+    assert 0 < len(contents(copied)) < 12 and (copied / "metadata.json").read_bytes() == before
+
+
 @pytest.mark.parametrize("env_id", ["dodgeball", "miner"])
 def test_a_recording_of_a_stateful_game_that_was_extended_is_drawn_the_same(env_id, trained, tmp_path):
     """In these two games a level seed and the actions do not decide how an episode goes."""
