@@ -14,6 +14,7 @@ A dataset is a recording of actions; its frames are a view of it, as the same ac
 Exit codes: 0 done, 1 failed, 2 bad arguments, 75 stopped by a signal with everything saved.
 """
 
+import contextlib
 import os
 import signal
 
@@ -28,7 +29,8 @@ def on_signal(handler) -> None:
 
 
 def exit_at_once(signum, _) -> None:
-    os.write(1, f"stopped by {signal.Signals(signum).name}; there was nothing to save\n".encode())
+    with contextlib.suppress(OSError):  # nobody may be reading any more
+        os.write(1, f"stopped by {signal.Signals(signum).name}; there was nothing to save\n".encode())
     os._exit(EXIT_STOPPED)
 
 
@@ -283,6 +285,10 @@ class RandomPolicy:
         return actions, np.full(len(frames), -math.log(len(ACTIONS)), np.float32)
 
 
+def make_policy(args, agent, num_envs, device):
+    return RandomPolicy() if args.random else Policy(agent, args, num_envs, device)
+
+
 @dataclass
 class Episode:
     """An episode, complete or under way: one entry per step in each list."""
@@ -325,20 +331,20 @@ def play(levels, segment, recording=(), policy=None, follow_from=math.inf, conti
 
         actions = np.full(num_envs, IDLE, np.uint8)
         log_probs = np.zeros(num_envs, np.float32)
-        shown = frames[playing], playing, length[playing] == 0
+        begins = length[playing] == 0
         if recorded is None:
             seed_torch(segment["seed"], number)
-            actions[playing], log_probs[playing] = policy.act(*shown)
+            actions[playing], log_probs[playing] = policy.act(frames[playing], playing, begins)
         else:
             then_playing = np.flatnonzero(recorded["actions"] != IDLE)
             if not np.array_equal(then_playing, playing) or not len(playing):
-                raise Unfit(f"step {number} of the recording has other running episodes than its rule gives", 1)
+                raise Unfit(f"step {number} of the recording has other running episodes than its rule gives")
             actions[playing] = recorded["actions"][playing]
             log_probs[playing] = recorded["log_probs"][playing]
         row = {"actions": actions, "log_probs": log_probs, "checksums": np.uint32(deflate.crc32(frames))}
         if recorded is not None and number >= follow_from:
             row["log_probs"] = np.zeros(num_envs, np.float32)
-            row["log_probs"][playing] = policy.act(*shown, actions[playing])[1]
+            row["log_probs"][playing] = policy.act(frames[playing], playing, begins, actions[playing])[1]
 
         for env in playing:
             episode = under_way[env]
@@ -379,14 +385,20 @@ def collect(args: Args, path: Path | None, state: dict, folder: Path | None, not
     print(f"{played} -> {folder or 'evaluation only'}", flush=True)
     with Dataset(args, folder, describe(args, path, state, device, note)) as dataset:
         for number, segment in dataset.segments():
-            policy = RandomPolicy() if args.random else Policy(agent, args, segment["num_envs"], device)
+            policy = make_policy(args, agent, segment["num_envs"], device)
             follow_from = math.inf
             if policy.has_memory:  # no episode under way is longer than the time limit
                 follow_from = dataset.lengths[number] - time_limit(args.env_id, args.distribution_mode)
-            recording = dataset.read_rows(number)
-            options = {"continues": True, "keep_frames": dataset.draws}
-            for step in play(dataset.levels, segment, recording, policy, follow_from, **options):
-                dataset.take(*step)
+            for row, recorded, episodes in play(
+                dataset.levels,
+                segment,
+                recording=dataset.read_rows(number),
+                policy=policy,
+                follow_from=follow_from,
+                continues=True,
+                keep_frames=dataset.draws,
+            ):
+                dataset.take(row, recorded, episodes)
     report(args, dataset)
 
 
@@ -395,20 +407,27 @@ def draw(args: Args) -> None:
     with Dataset(args, Path(args.render)) as dataset:
         for number, segment in dataset.segments():
             recording = itertools.islice(dataset.read_rows(number), dataset.last_row)
-            for step in play(dataset.levels, segment, recording, keep_frames=True):
-                dataset.take(*step)
+            for row, recorded, episodes in play(dataset.levels, segment, recording, keep_frames=True):
+                dataset.take(row, recorded, episodes)
     report(args, dataset)
 
 
 def verify(args: Args) -> int:
     """Play a dataset again and compare everything that is in it. Returns the exit code."""
     with Verification(args, Path(args.verify)) as dataset:
-        policies = policies_of(args, dataset.metadata)
+        played_with = SimpleNamespace(**{"random": False, "epsilon": 0.0, **dataset.metadata["args"]})
+        agent = load_agent_of(dataset, args, played_with)
         for number, segment in dataset.segments():
-            policy = policies(segment["num_envs"])
-            follow_from = math.inf if policy is None else 0
-            for step in play(dataset.levels, segment, dataset.read_rows(number), policy, follow_from, keep_frames=True):
-                dataset.check(*step)
+            policy = None
+            follow_from = math.inf
+            if agent is not None or played_with.random:
+                policy = make_policy(played_with, agent, segment["num_envs"], torch.device("cpu"))
+                follow_from = 0
+            recording = dataset.read_rows(number)
+            for row, recorded, episodes in play(
+                dataset.levels, segment, recording, policy, follow_from, keep_frames=True
+            ):
+                dataset.check(row, recorded, episodes)
         code = dataset.judge()
     report(args, dataset)
     return code
@@ -478,10 +497,15 @@ def fail(message: str, code: int = 1) -> NoReturn:
 
 
 class Unfit(Exception):
-    """A checkpoint or a dataset that cannot be played: the reason and the exit code.
+    """A checkpoint or a dataset that cannot be played. With --ratio the other runs are played.
 
-    With --ratio the other runs are played. The code is 0 if the run is only of no use here.
+    The exit code is 0 if nothing is wrong with the run, but it is of no use here.
     """
+
+    def __init__(self, reason: str, code: int = 1):
+        super().__init__(reason)
+        self.reason = reason
+        self.code = code
 
 
 def one_line(error: Exception) -> str:
@@ -537,8 +561,10 @@ def read_args(words: list) -> Args:
         if word in ("--checkpoint", "--render", "--verify") and len(values) > 1:
             what = "file" if word == "--checkpoint" else "folder"
             fail(f"{word} takes one {what}; yours matched {len(values)}: {', '.join(values)[:500]}", 2)
-        if word in whole_numbers and values and re.fullmatch(r"\d+(\.\d+)?[eE]\d+", values[0]):
-            words[i + 1] = f"{float(values[0]):.0f}"  # 1e6
+        if word in whole_numbers and values and re.fullmatch(r"\d+(\.\d+)?[eE]\d+", values[0]):  # such as 1e6
+            number = float(values[0])
+            if number.is_integer():
+                words[i + 1] = f"{number:.0f}"
     args = tyro.cli(Args, args=words, description=__doc__)
     check_args(args)
     return args
@@ -630,9 +656,9 @@ def describe(args: Args, path: Path | None, state: dict, device: torch.device, n
 def load_checkpoint(path: Path) -> dict:
     """Read a checkpoint without running any code in it. Raises Unfit if it is missing, damaged or foreign."""
     if path.is_dir():
-        raise Unfit(f"checkpoint {path} is a folder; a checkpoint is a file, such as final/model_*.pt in a run", 1)
+        raise Unfit(f"checkpoint {path} is a folder; a checkpoint is a file, such as final/model_*.pt in a run")
     if not path.exists():
-        raise Unfit(f"checkpoint {path} does not exist", 1)
+        raise Unfit(f"checkpoint {path} does not exist")
     try:
         content = path.read_bytes()
         with zipfile.ZipFile(io.BytesIO(content)) as file:
@@ -641,11 +667,11 @@ def load_checkpoint(path: Path) -> dict:
             raise ValueError(f"the checksum of {damaged} is wrong")
         state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises anything
-        raise Unfit(f"checkpoint {path} is damaged or holds more than plain values ({one_line(error)})", 1) from None
+        raise Unfit(f"checkpoint {path} is damaged or holds more than plain values ({one_line(error)})") from None
     try:
         check_checkpoint(state)
     except Exception as error:  # depends on what is in the file
-        raise Unfit(f"checkpoint {path} is not one of these scripts ({one_line(error)})", 1) from None
+        raise Unfit(f"checkpoint {path} is not one of these scripts ({one_line(error)})") from None
     state.pop("optimizer_state_dict", None)  # large, and of no use here
     state["sha256"] = hashlib.sha256(content).hexdigest()  # of what was read: the file may be replaced
     return state
@@ -746,36 +772,34 @@ def load_agent(args: Args, state: dict, path: Path) -> nn.Module:
         agent.load_state_dict(weights)
         agent.eval()  # for the dropout and batch normalisation of a fork
     except Exception as error:  # depends on what is in the file
-        raise Unfit(f"checkpoint {path} does not fit the network: {one_line(error)}", 1) from None
+        raise Unfit(f"checkpoint {path} does not fit the network: {one_line(error)}") from None
     try:
         with torch.random.fork_rng(devices=[]):
             policy = Policy(agent, args, 1, torch.device("cpu"))
             policy.act(np.zeros((1, 64, 64, 3), np.uint8), np.zeros(1, int), np.ones(1, bool))
     except Exception as error:  # the network may need more than a frame
         way_out = f"{one_line(error)}; it needs a fork of this script with a class Policy that fits"
-        raise Unfit(f"class Policy cannot play the network of {path}: {way_out}", 1) from None
+        raise Unfit(f"class Policy cannot play the network of {path}: {way_out}") from None
     return agent
 
 
-def policies_of(args: Args, metadata: dict):
-    """A function from a number of environments to the policy that --verify can compare with, or None."""
-    played_with = SimpleNamespace(**{"epsilon": 0.0, **metadata["args"]})
+def load_agent_of(dataset, args: Args, played_with) -> nn.Module | None:
+    """The network of --checkpoint, which must be the one that collected the dataset; None without --checkpoint."""
     if args.checkpoint is None:
-        is_random = metadata["args"].get("random") is True
-        return lambda num_envs: RandomPolicy() if is_random else None
+        return None
+    metadata = dataset.metadata
     path = Path(args.checkpoint)
     state = load_checkpoint(path)
     if state["sha256"] != metadata.get("checkpoint_sha256"):
         fail(f"{args.verify} was not collected from --checkpoint {path}: its sha256 is another one")
-    if metadata["versions"]["procgen"] != versions()["procgen"]:
+    if not dataset.same_build:
         fail(f"--checkpoint needs the frames of {metadata['versions']['procgen']}; leave it out, or verify there", 2)
     for name in OF_CHECKPOINT:
         if metadata.get(name) != state[name]:
             wrong = f"{name} is {metadata.get(name)}, in the checkpoint {state[name]}"
             fail(f"{args.verify}/metadata.json does not fit the checkpoint: {wrong}")
     played_with.agent_from = args.agent_from
-    agent = load_agent(played_with, state, path)
-    return lambda num_envs: Policy(agent, played_with, num_envs, torch.device("cpu"))
+    return load_agent(played_with, state, path)
 
 
 def choose_checkpoint(run: Path, args: Args) -> tuple:
@@ -816,7 +840,7 @@ def load_of_run(path: Path, args: Args) -> dict:
     """Load a checkpoint of a run. Raises Unfit if it is of another game or another script."""
     state = load_checkpoint(path)
     if state["args"]["env_id"] != args.env_id:
-        raise Unfit(f"checkpoint {path} is one of {state['args']['env_id']}", 1)
+        raise Unfit(f"checkpoint {path} is one of {state['args']['env_id']}")
     if state["script"] != Path(args.agent_from or AGENT_OF).name:
         raise Unfit(f"it is a run of {state['script']}; --agent-from {state['script']} collects from those", 0)
     return state
@@ -944,7 +968,7 @@ def read_chunk(path: Path, num_envs: int) -> dict:
         demand(((actions < len(ACTIONS)) | (actions == IDLE)).all(), "an action like this")
         demand((chunk["log_probs"] <= 0).all(), "a log-probability above 0")
     except Exception as error:  # numpy and zipfile raise many kinds
-        raise Unfit(f"{path} is damaged ({one_line(error)})", 1) from None
+        raise Unfit(f"{path} is damaged ({one_line(error)})") from None
     return chunk
 
 
@@ -1059,7 +1083,7 @@ class Recording:
         self.number = 0  # of the segment that is being played
         self.rows = 0  # steps played in it
         self.log_probs_hash = hashlib.sha256()
-        self.bar = None
+        self.unit = "steps" if args.num_episodes is None else "episodes"  # of progress, and of what is wanted
 
     def read(self) -> None:
         """Read metadata.json and check that the files of the recording fit together. Raises Unfit if they do not."""
@@ -1070,13 +1094,13 @@ class Recording:
         for path in sorted(self.folder.glob("*.npz")):
             match = CHUNK_NAME.fullmatch(path.name)
             if not match or int(match[1]) >= len(segments):
-                raise Unfit(f"{path} does not belong to this recording; move it away", 1)
+                raise Unfit(f"{path} does not belong to this recording; move it away")
             self.chunks[int(match[1])].append((int(match[2]), path))
         self.recorded = {"episodes": 0, "steps": 0}
         self.lengths = [self.check_chunks(number) for number in range(len(segments))]
         for number, (segment, length) in enumerate(zip(segments, self.lengths)):
             if length != segment.get("rows", length):
-                raise Unfit(f"{self.folder}: segment {number} has {length} steps, not {segment['rows']}", 1)
+                raise Unfit(f"{self.folder}: segment {number} has {length} steps, not {segment['rows']}")
         self.find_episodes()
 
     def check_chunks(self, number: int) -> int:
@@ -1086,7 +1110,7 @@ class Recording:
         for first_step, path in self.chunks[number]:
             chunk = read_chunk(path, self.metadata["segments"][number]["num_envs"])
             if first_step != rows:
-                raise Unfit(f"{path} does not follow the file before it, which ends at step {rows}", 1)
+                raise Unfit(f"{path} does not follow the file before it, which ends at step {rows}")
             playing = chunk["actions"] != IDLE
             self.recorded["episodes"] += int((chunk["dones"] & playing).sum())
             self.recorded["steps"] += int(playing.sum())
@@ -1120,9 +1144,8 @@ class Recording:
     def levels(self) -> dict:
         return {name: self.metadata[name] for name in LEVELS}
 
-    def show_progress(self, unit: str, total: int) -> None:
-        self.unit = unit
-        self.bar = tqdm(total=total, unit=f" {unit}", unit_scale=True, disable=None)  # on a terminal only
+    def show_progress(self, total: int) -> None:
+        self.bar = tqdm(total=total, unit=f" {self.unit}", unit_scale=True, disable=None)  # on a terminal only
         self.start_time = time.monotonic()
 
     def compare(self, row: dict, recorded: dict) -> None:
@@ -1132,7 +1155,7 @@ class Recording:
                 continue
             if not np.array_equal(row[key], recorded[key]):
                 where = f"first at step {self.rows} of segment {self.number}"
-                raise Unfit(f"{self.folder}: played again, it gives other {key} than recorded, {where}", 1)
+                raise Unfit(f"{self.folder}: played again, it gives other {key} than recorded, {where}")
 
     def count(self, row: dict, episodes: list) -> list:
         """Count a step, and the episodes that it ended. Returns (index, episode) of these."""
@@ -1157,6 +1180,9 @@ class Dataset(Recording):
         super().__init__(args, folder, about)
         self.about = about
         self.draws = args.frames and folder is not None
+        self.wanted = 0  # steps or episodes
+        if about is not None:
+            self.wanted = args.num_episodes or args.total_timesteps
         self.first_row = 0  # episodes that end before it are not drawn
         self.last_row = None  # to play to, if not to the end
         self.unsaved = []  # rows that are not on disk yet
@@ -1224,15 +1250,7 @@ class Dataset(Recording):
 
     def is_finished(self) -> bool:
         all_drawn = len(self.drawn) == self.recorded["episodes"] or not self.draws
-        return self.metadata["complete"] and all_drawn and self.missing(self.recorded) <= 0
-
-    def missing(self, done: dict) -> int:
-        """How many episodes or steps the command wants beyond those that are done."""
-        if self.about is None:
-            return 0
-        if self.args.num_episodes is not None:
-            return self.args.num_episodes - done["episodes"]
-        return self.args.total_timesteps - done["steps"]
+        return self.metadata["complete"] and all_drawn and self.recorded[self.unit] >= self.wanted
 
     def segments(self):
         """Yield (number, segment) of every recorded segment, then of new ones as long as more is wanted."""
@@ -1242,12 +1260,7 @@ class Dataset(Recording):
             return
         if self.recorded["steps"]:
             print(f"{self.folder}: playing {self.recorded['steps']:,} recorded steps again", flush=True)
-        if self.about is None:
-            self.show_progress("steps", self.recorded["steps"])
-        elif self.args.num_episodes is not None:
-            self.show_progress("episodes", max(self.args.num_episodes, self.recorded["episodes"]))
-        else:
-            self.show_progress("steps", max(self.args.total_timesteps, self.recorded["steps"]))
+        self.show_progress(max(self.wanted, self.recorded[self.unit]))
         self.next_save = time.monotonic() + self.args.save_interval
         on_signal(lambda signum, _: self.signals.append(signum))
         while self.number < len(self.metadata["segments"]) or self.extend():
@@ -1264,7 +1277,7 @@ class Dataset(Recording):
 
     def extend(self) -> bool:
         """Begin a segment if more is wanted. It has a seed of its own, so that no episode is collected twice."""
-        missing = self.missing(counts(self.summary))
+        missing = self.wanted - counts(self.summary)[self.unit]
         if missing <= 0:
             return False
         seed = np.random.SeedSequence([self.args.seed, self.number]).generate_state(1)[0]
@@ -1300,7 +1313,7 @@ class Dataset(Recording):
     def check_name(self, index: int, episode: Episode) -> None:
         path = self.drawn[index]
         if path.name[16:] != episode_name(index, episode):
-            raise Unfit(f"{path} is not episode {index} of the recording; move it away, and it is drawn again", 1)
+            raise Unfit(f"{path} is not episode {index} of the recording; move it away, and it is drawn again")
 
     def pack(self, index: int, episode: Episode) -> None:
         """Compress an episode in the background. Few may wait for it, as their frames take memory."""
@@ -1321,7 +1334,8 @@ class Dataset(Recording):
                 self.chunks[self.number].append((first_step, path))
                 self.unsaved = []
                 self.write_metadata()
-            list(self.pool.map(self.write_episode, [job.result() for job in self.packing]))
+            packed = [job.result() for job in self.packing]
+            list(self.pool.map(self.write_episode, packed))  # list() waits, and raises what went wrong
             self.packing = []
             self.unwritten_steps = 0
         self.next_save = time.monotonic() + self.args.save_interval
@@ -1384,7 +1398,7 @@ class Verification(Recording):
         return self
 
     def segments(self):
-        self.show_progress("steps", self.recorded["steps"])
+        self.show_progress(self.recorded["steps"])
         for number, segment in enumerate(self.metadata["segments"]):
             self.number = number
             self.rows = 0
@@ -1442,6 +1456,8 @@ class Verification(Recording):
             proof = f"all but the frames is equal: {metadata['versions']['procgen']} draws other frames"
         if self.args.checkpoint is not None:
             proof += f"; all log_probs are those of {self.args.checkpoint}"
+        elif metadata.get("checkpoint_sha256") is not None:
+            proof += "; with --checkpoint the log_probs and the origin are checked, too"
         if self.faults:
             proof = f"{len(self.faults)} faults"
         if not metadata["complete"]:
@@ -1534,7 +1550,7 @@ def contact_sheet(folder: Path, paths: list) -> None:
                 frames = episode["observations"][:-1].transpose(0, 2, 3, 1)
         except Exception as error:  # numpy and zipfile raise many kinds
             damage = f"{paths[number]} is damaged ({one_line(error)})"
-            raise Unfit(f"{damage}; delete it, and the same command draws it again", 1) from None
+            raise Unfit(f"{damage}; delete it, and the same command draws it again") from None
         rows.append(np.hstack(frames[np.linspace(0, len(frames) - 1, 8).astype(int)]))
     buffer = io.BytesIO()
     Image.fromarray(np.vstack(rows)).save(buffer, "PNG")
@@ -1644,7 +1660,7 @@ def main() -> None:
             folder = Path(folder or Path("datasets") / state["args"]["env_id"] / state["xpid"] / path.stem)
             collect(args, path, state, folder if args.save_dataset else None, {})
     except Unfit as error:
-        fail(*error.args)
+        fail(error.reason, error.code)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         fail("the program that read the output has ended; the same command continues")
@@ -1670,9 +1686,8 @@ def collect_from_runs(args: Args) -> None:
             collect(args, path, state, folder if args.save_dataset else None, note)
             collected += 1
         except Unfit as error:
-            reason, code = error.args
-            print(f"{run} is skipped: {reason}")
-            damaged += code != 0
+            print(f"{run} is skipped: {error.reason}")
+            damaged += error.code != 0
         except SystemExit as failure:  # its line is printed already
             if failure.code == EXIT_STOPPED:
                 raise

@@ -206,6 +206,16 @@ def test_a_summary_is_that_of_the_episodes(capsys):
     ]
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_job_with_gpus_that_pytorch_cannot_use_is_an_error(starpilot, tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    options = ["--checkpoint", str(starpilot), "--num-episodes", "1", "--no-save-dataset"]
+    process = run_main(collect_procgen, options, tmp_path)
+    assert process.returncode == 1
+    assert_one_line(process.stderr, "this job has GPUs, but PyTorch can use none of them; --no-cuda")
+    assert run_main(collect_procgen, [*options, "--no-cuda"], tmp_path).returncode == 0
+
+
 def test_levels_can_be_chosen(starpilot, tmp_path):
     options = ("--num-episodes", "6", "--start-level", "200", "--num-levels", "0")
     assert collect(tmp_path / "d", starpilot, *options).returncode == 0
@@ -244,7 +254,8 @@ def test_nothing_but_episodes_stands_in_their_folder_while_a_collection_runs(sta
     """gen_dgrl's loader lists {dataset}/{env_name} and sorts it by the number after the last underscore."""
     folder = tmp_path / "d"
     command = [*SCRIPT, "--checkpoint", str(starpilot), "--dataset-saving-dir", str(folder), "--num-envs", "4"]
-    process = subprocess.Popen([*command, "--no-cuda", "--num-episodes", "16"], stdout=subprocess.DEVNULL)
+    command += ["--no-cuda", "--num-episodes", "16", "--save-interval", "0.2"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     seen = 0
     while process.poll() is None:
         names = [entry.name for entry in os.scandir(folder / "starpilot")] if (folder / "starpilot").is_dir() else []
@@ -254,4 +265,5 @@ def test_nothing_but_episodes_stands_in_their_folder_while_a_collection_runs(sta
         time.sleep(0.001)
     assert process.returncode == 0 and seen and len(episodes(folder)) == 16
     names = sorted(path.name for path in folder.iterdir())
-    assert names == [".lock", "0_00000000.npz", "README.md", "metadata.json", "preview.png", "starpilot"]
+    assert names[:2] == [".lock", "0_00000000.npz"]
+    assert names[-4:] == ["README.md", "metadata.json", "preview.png", "starpilot"]

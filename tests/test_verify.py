@@ -34,6 +34,7 @@ def test_a_whole_dataset_is_verified(dataset, recording, starpilot):
         process = verify(folder)
         assert process.returncode == 0, process.stdout
         assert f"12 episodes, {drawn} of them drawn: all played again and equal, bit for bit" in process.stdout
+        assert "with --checkpoint the log_probs and the origin are checked, too" in process.stdout
         process = verify(folder, "--checkpoint", str(starpilot))
         assert process.returncode == 0 and f"all log_probs are those of {starpilot}" in process.stdout
 
