@@ -1481,7 +1481,7 @@ def report(args: Args, recording: Recording) -> None:
         print_summary(recording.levels, recording.summary, recording.final_speed)
     if args.video:
         rows = recording.unsaved if recording.folder is None else recording.read_rows(0)
-        film(args, recording.folder, recording.metadata, rows)
+        make_video(args, recording.folder, recording.metadata, rows)
 
 
 def print_summary(levels: dict, summary: list, speed: float) -> None:
@@ -1504,8 +1504,8 @@ def write_card(folder: Path, metadata: dict) -> None:
     path = folder / "README.md"
     if path.exists() and not path.read_text(errors="replace").startswith(CARD_MARK):
         return
-    policy = f"PPO, iteration {metadata['iteration']}, {metadata['global_step']} training steps"
-    policy += f" (run {metadata['xpid']}, checkpoint sha256 {metadata['checkpoint_sha256']})"
+    policy = f"run {metadata['xpid']} of {metadata['script']} after {metadata['global_step']} steps of training"
+    policy += f" (checkpoint with sha256 {metadata['checkpoint_sha256']})"
     if metadata["args"]["random"]:
         policy = "uniformly random actions"
     if metadata["args"]["epsilon"]:
@@ -1557,7 +1557,7 @@ def contact_sheet(folder: Path, paths: list) -> None:
     write_file(folder / "preview.png", buffer.getvalue())
 
 
-def film(args: Args, folder: Path | None, metadata: dict, rows) -> None:
+def make_video(args: Args, folder: Path | None, metadata: dict, rows) -> None:
     """Play the first episodes of a recording again, side by side, in Procgen's own large rendering.
 
     Environment i does not depend on how many there are, so the first columns of the rows are enough.
@@ -1573,7 +1573,7 @@ def film(args: Args, folder: Path | None, metadata: dict, rows) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         columns = math.ceil(math.sqrt(num))
         size = 256 if columns < 4 and path.suffix == ".mp4" else 128
-        pictures = film_pictures(metadata, rows, num, columns, size)
+        pictures = video_pictures(metadata, rows, num, columns, size)
         if path.suffix == ".gif":
             write_gif(temporary, pictures)
         else:
@@ -1586,7 +1586,7 @@ def film(args: Args, folder: Path | None, metadata: dict, rows) -> None:
     print(f"{path}: {num} episodes")
 
 
-def film_pictures(metadata: dict, rows, num: int, columns: int, size: int):
+def video_pictures(metadata: dict, rows, num: int, columns: int, size: int):
     """Yield the pictures of a video."""
     strip = 26  # height of a caption
     levels = {name: metadata[name] for name in LEVELS}
