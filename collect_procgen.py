@@ -415,7 +415,8 @@ def draw(args: Args) -> None:
 def verify(args: Args) -> int:
     """Play a dataset again and compare everything that is in it. Returns the exit code."""
     with Verification(args, Path(args.verify)) as dataset:
-        played_with = SimpleNamespace(**{"random": False, "epsilon": 0.0, **dataset.metadata["args"]})
+        collected_with = dataset.metadata["args"] if "collector" in dataset.metadata else {}
+        played_with = SimpleNamespace(**{"random": False, "epsilon": 0.0, **collected_with})
         agent = load_agent_of(dataset, args, played_with)
         for number, segment in dataset.segments():
             policy = None
@@ -1034,8 +1035,9 @@ def check_metadata(metadata: dict) -> None:
         demand("rows" in segment or not metadata["complete"], "a complete segment without rows")
     args = metadata["args"]
     demand(is_whole(args.get("num_steps", 1), 1), "num_steps")
-    epsilon = args.get("epsilon", 0)
-    demand(type(epsilon) in (int, float) and 0 <= epsilon <= 1, "epsilon")
+    if "collector" in metadata:  # in a training, epsilon may be anything
+        epsilon = args.get("epsilon", 0)
+        demand(type(epsilon) in (int, float) and 0 <= epsilon <= 1, "epsilon")
     for name in LEVELS:
         demand(args.get(name) == metadata[name], f"{name}, which differs in args,")
 

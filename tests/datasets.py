@@ -63,9 +63,9 @@ def change_chunk(folder, **changes):
     np.savez_compressed(path, **chunk)
 
 
-def add_one_at(row, amount=1):
+def add_one_at(row):
     def change(array):
-        array[row] += array.dtype.type(amount)
+        array[row] += 1
         return array
 
     return change

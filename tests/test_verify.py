@@ -14,6 +14,7 @@ from conftest import assert_one_line, wait_for
 from datasets import SCRIPT, add_one_at, change_chunk, contents, episodes, metadata, rewrite, verify
 from runs import run_main
 
+import collect_procgen
 import ppo_procgen
 
 
@@ -217,6 +218,16 @@ def test_changed_segments_are_noticed(change, message, recorded):
     assert process.returncode == 1 and message in process.stdout + process.stderr
 
 
+def test_a_recording_that_was_cut_short_with_its_metadata_is_noticed(recorded):
+    change_chunk(recorded, **dict.fromkeys(collect_procgen.ROW, lambda array: array[:60]))
+    counted = ("episodes", "steps", "return_mean", "return_std", "return_min", "return_max", "log_probs_sha256")
+    found = {key: value for key, value in metadata(recorded).items() if key not in counted}
+    (recorded / "metadata.json").write_text(json.dumps({**found, **segment_of(recorded, rows=60)}))
+    process = verify(recorded)
+    assert process.returncode == 1
+    assert "segment 0 ends before its max_steps or num_episodes" in process.stdout and "1 faults" in process.stdout
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -236,6 +247,7 @@ def test_changed_segments_are_noticed(change, message, recorded):
         {"versions": None},
         {"complete": 1},
         {"format": 3},
+        {"args": {"epsilon": "x"}},
     ],
 )
 def test_metadata_that_no_script_writes_are_one_line(change, copied):
