@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import assert_one_line, wait_for
-from datasets import SCRIPT, add_one_at, change_chunk, contents, episodes, metadata, rewrite, verify
+from datasets import SCRIPT, add_one_at, change_chunk, contents, episodes, metadata, rewrite, rows, verify
 from runs import run_main
 
 import collect_procgen
@@ -216,6 +216,16 @@ def test_changed_segments_are_noticed(change, message, recorded):
     change_metadata(recorded, **change(recorded))
     process = verify(recorded)
     assert process.returncode == 1 and message in process.stdout + process.stderr
+
+
+def test_steps_after_the_end_are_noticed(recorded):
+    length = len(rows(recorded)["actions"])
+    change_chunk(recorded, **dict.fromkeys(collect_procgen.ROW, lambda array: np.concatenate([array, array[-1:]])))
+    change_chunk(recorded, actions=pause(length, slice(None)))
+    change_metadata(recorded, **segment_of(recorded, rows=length + 1))
+    process = verify(recorded)
+    assert process.returncode == 1
+    assert_one_line(process.stderr, f"step {length} of the recording has other running episodes than its rule gives")
 
 
 def test_a_recording_that_was_cut_short_with_its_metadata_is_noticed(recorded):
