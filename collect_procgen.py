@@ -1,50 +1,62 @@
-"""Rolls trained checkpoints out on Procgen, into datasets of one .npz per episode; evaluates, records, draws, verifies.
+"""Plays trained checkpoints on Procgen: collects, records, draws and verifies datasets, evaluates, makes videos.
 
     python collect_procgen.py --checkpoint models/coinrun/XPID/final/model_9.50.pt  # a dataset of a million steps
     python collect_procgen.py --env-id coinrun --ratio 0.75                         # of every run, at 75 % of its end
-    python collect_procgen.py --checkpoint x.pt --no-save-dataset --num-episodes 1000 --start-level 200 --num-levels 0
+    python collect_procgen.py --random --env-id coinrun                             # random actions
     python collect_procgen.py --checkpoint x.pt --no-frames                         # a recording: a few bytes a step
-    python collect_procgen.py --render RECORDING --dataset-saving-dir OUT           # draws it: the same dataset
-    python collect_procgen.py --verify DIR                                          # replays a dataset or a recording
-    python collect_procgen.py --checkpoint x.pt --no-save-dataset --num-episodes 9 --video 9    # or --render, --verify
+    python collect_procgen.py --render DIR                                          # draws the episodes that it lacks
+    python collect_procgen.py --verify DIR --checkpoint x.pt                        # plays it again and compares all
+    python collect_procgen.py --checkpoint x.pt --no-save-dataset --num-episodes 1000 --start-level 200 --num-levels 0
+    python collect_procgen.py --checkpoint x.pt --no-save-dataset --num-episodes 9 --video 9
     python collect_procgen.py --checkpoint y.pt --agent-from my_procgen.py          # the checkpoint of a fork
 
+A dataset is a recording of actions; its frames are a view of it, as the same actions show the same frames again.
 Exit codes: 0 done, 1 failed, 2 bad arguments, 75 stopped by a signal with everything saved.
 """
 
+import contextlib
 import os
 import signal
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 EXIT_STOPPED = 75  # EX_TEMPFAIL: run the same command again to continue
-if __name__ == "__main__":  # a signal while PyTorch is still loading: there is nothing to save yet
+
+
+def on_signal(handler) -> None:
+    """Set what the process does when it is told to stop."""
     for stop_signal in STOP_SIGNALS:
-        signal.signal(stop_signal, lambda *_: os._exit(EXIT_STOPPED))
+        signal.signal(stop_signal, handler)
+
+
+def exit_at_once(signum, _) -> None:
+    with contextlib.suppress(OSError):  # nobody may be reading any more
+        os.write(1, f"stopped by {signal.Signals(signum).name}; there was nothing to save\n".encode())
+    os._exit(EXIT_STOPPED)
+
+
+if __name__ == "__main__":  # importing PyTorch takes seconds
+    on_signal(exit_at_once)
 # OpenMP threads spin while they wait, GNU's so long by default that processes on the same cores stall each other.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import ast
-import bisect
-import contextlib
 import hashlib
 import importlib.metadata
 import importlib.util
+import inspect
 import io
+import itertools
 import json
 import math
-import multiprocessing
-import multiprocessing.resource_tracker
 import platform
 import re
-import shutil
 import struct
 import sys
-import threading
 import time
+import zipfile
 from collections import deque
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass, fields, replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NoReturn
@@ -68,50 +80,58 @@ from procgen.env import ENV_NAMES
 
 @dataclass
 class Args:
-    checkpoint: str | None = None  # roll out this checkpoint
-    ratio: float | None = None  # or, of every run of a game, the one whose test return is this share of the final one's
-    ratio_checkpoint_dir: str = "models"  # with ratio: the runs are {ratio_checkpoint_dir}/{env_id}/*
-    ratio_dataset_dir: str = "test_dataset"  # with ratio: datasets go to {run}/{ratio_dataset_dir}/{ratio}
-    render: str | None = None  # or draw this recording, a collection's or a training's, into dataset_saving_dir
-    verify: str | None = None  # or check this dataset or recording by replay; with checkpoint, its log_probs as well
-    agent_from: str | None = None  # the script whose class Agent is the checkpoint's network, if that is not this one's
+    # WHAT TO DO: one of these; --verify also together with --checkpoint
+    checkpoint: str | None = None  # play this checkpoint
+    ratio: float | None = None  # play of every run of a game the checkpoint at this share of its final test return
+    random: bool = False  # play uniformly random actions in the game --env-id
+    render: str | None = None  # draw the episodes that this recording (or a training's rollouts/) still lacks
+    verify: str | None = None  # play this dataset or recording again and compare; with --checkpoint its log_probs, too
 
-    env_id: str | None = None  # the game; by default, like the next four, the checkpoint's
+    # LEVELS: by default the checkpoint's; with --random easy mode, levels 0 to 199 and seed 0
+    env_id: str | None = None  # the game
     distribution_mode: str | None = None  # difficulty
     num_levels: int | None = None  # number of levels; 0 means every level from start_level up
     start_level: int | None = None  # first level
-    seed: int | None = None  # seed of the games and the actions
+    seed: int | None = None  # seed of the environments and the actions
 
-    # no episode is started after so many environment steps; those under way are finished
-    total_timesteps: int = 1_000_000
-    num_episodes: int | None = None  # or exactly so many episodes, spread evenly over the parallel games
-    num_envs: int = 64  # number of parallel games
-    capacity: int | None = None  # no effect, as memory follows the episodes; an error if below the game's time limit
-    save_dataset: bool = True  # write the episodes; without, this is an evaluation
-    frames: bool = True  # without, write a recording: all but the frames, which --render draws
-    dataset_saving_dir: str | None = None  # by default datasets/{env_id}/{xpid}/{name of the checkpoint}
-    save_interval: float = 30.0  # seconds between saves of what is under way, 60 at most
-    preview: int = 8  # episodes on the contact sheet preview.png beside metadata.json
-    iterations: tuple[int, int] | None = None  # with render: only the episodes that end in these of the training
-    other_build: bool = False  # with render: go on although the other build of Procgen recorded it, with other frames
-    video: int = 0  # draw so many episodes side by side
-    video_path: str | None = None  # by default video.mp4 in the dataset's folder; a .gif is possible, too
+    # COLLECT
+    total_timesteps: int = 1_000_000  # start no episode after so many steps; running episodes are played to their end
+    num_episodes: int | None = None  # or play exactly so many episodes, spread evenly over the environments
+    num_envs: int = 64  # number of parallel environments; on a GPU more are faster
+    epsilon: float = 0.0  # probability of a uniformly random action in place of the policy's
+    agent_from: str | None = None  # script whose class Agent is the checkpoint's network, if that is not this script's
     cuda: bool = True  # use the GPU if there is one
+    capacity: int | None = None  # no effect, as memory grows with the episodes; an error if below the time limit
+
+    # FILES
+    save_dataset: bool = True  # write what is played; --no-save-dataset only evaluates
+    frames: bool = True  # write the episodes with their frames; --no-frames writes the recording only
+    dataset_saving_dir: str | None = None  # by default datasets/{env_id}/{xpid}/{name of the checkpoint}
+    save_interval: float = 30.0  # seconds between saves, 60 at most
+    ratio_checkpoint_dir: str = "models"  # with --ratio: the runs are {ratio_checkpoint_dir}/{env_id}/*
+    ratio_dataset_dir: str = "test_dataset"  # with --ratio: datasets go to {run}/{ratio_dataset_dir}/{ratio}
+    iterations: tuple[int, int] | None = None  # with --render: only the episodes that end in these of the training
+
+    # VIDEO
+    video: int = 0  # show the first episodes of so many environments side by side
+    video_path: str | None = None  # an .mp4 or .gif file; by default video.mp4 in the dataset's folder
 
 
-# Arguments that may be others when a dataset is extended. One of a fork's own may not unless it is added.
+# Arguments that may differ when a dataset is extended. All others, a fork's own among them, have to stay the same.
 FREE_ARGUMENTS = (
-    "checkpoint", "ratio", "ratio_checkpoint_dir", "ratio_dataset_dir", "render", "verify", "agent_from", "seed",
-    "total_timesteps", "num_episodes", "num_envs", "capacity", "save_dataset", "dataset_saving_dir", "save_interval",
-    "preview", "iterations", "other_build", "video", "video_path", "cuda",
+    "checkpoint", "ratio", "render", "verify", "seed", "total_timesteps", "num_episodes", "num_envs", "agent_from",
+    "cuda", "capacity", "save_dataset", "frames", "dataset_saving_dir", "save_interval", "ratio_checkpoint_dir",
+    "ratio_dataset_dir", "iterations", "video", "video_path",
 )  # fmt: skip
 MAX_LEVEL = 2**31 - 1  # level seeds are int32
 TIME_LIMITS = {"bigfish": 6000, "bossfight": 4000, "plunder": 4000, "leaper": 500, "maze": 500}  # steps; others 1000
-# Here something survives a reset, so that a level seed does not decide how an episode goes: a fresh dodgeball shows
-# other frames, and a fresh miner may complete a level in the first step. A replay needs the state at the first frame.
-STATEFUL_GAMES = ("dodgeball", "miner")
-AGENT_OF = "ppo_procgen.py"  # the script whose network Agent is, word for word
-IDLE = 255  # in place of an action: the game goes on with action 0, but no episode of it is wanted any more
+AGENT_OF = "ppo_procgen.py"  # the script that has the same class Agent, word for word
+IDLE = 255  # recorded in place of an action where no further episode is wanted: the environment gets action 0
+# The keys that each action stands for. Most games give the letters no meaning; the README has a table.
+ACTIONS = (
+    "left+down", "left", "left+up", "down", "nothing", "up", "right+down", "right", "right+up",
+    "D", "A", "W", "S", "Q", "E",
+)  # fmt: skip
 
 
 def layer_init(layer, std):
@@ -197,309 +217,229 @@ class Agent(nn.Module):
 
 
 def time_limit(env_id: str, distribution_mode: str) -> int:
-    return 2000 if (env_id, distribution_mode) == ("jumper", "memory") else TIME_LIMITS.get(env_id, 1000)
+    """Steps after which Procgen ends an episode."""
+    if env_id == "jumper" and distribution_mode == "memory":
+        return 2000
+    return TIME_LIMITS.get(env_id, 1000)
 
 
-def make_games(num: int, env_id: str, distribution_mode: str, start_level: int, num_levels: int, seed: int, **options):
-    options = {"distribution_mode": distribution_mode, "rand_seed": seed, "num_threads": CORES, **options}
+def make_envs(num_envs: int, env_id: str, distribution_mode: str, start_level: int, num_levels: int, seed: int, **more):
+    options = {"distribution_mode": distribution_mode, "rand_seed": seed, "num_threads": CORES, **more}
     if distribution_mode != "exploration":  # which has one level, fixed by Procgen
         # Procgen's own num_levels=0 would ignore start_level.
-        options.update(start_level=start_level, num_levels=num_levels or MAX_LEVEL - start_level)
+        options["start_level"] = start_level
+        options["num_levels"] = num_levels or MAX_LEVEL - start_level
     try:
-        return ProcgenGym3Env(num, env_id, **options)
-    except OSError as error:  # the shared libraries that Procgen needs are loaded here
+        return ProcgenGym3Env(num_envs, env_id, **options)
+    except OSError as error:  # Procgen loads shared libraries when its first environments are made
         packages = "libgl1 and libglib2.0-0 (libglib2.0-0t64 on newer systems)"
         fail(f"Procgen misses a library of the system ({error}); on Debian or Ubuntu install {packages}")
 
 
-class Half:
-    """Half of the games and the episodes under way in them: while one half steps, the policy acts in the other.
-
-    The same levels, seed and actions give the same frames, so with a tape (actions, log_probs, rewards, dones and a
-    checksum of the frames, of every step) the frames can be drawn again.
-    """
-
-    def __init__(self, stream: dict, levels: dict, keep_frames: bool = False, keep_tape: bool = False):
-        num, self.stream, self.levels = stream["num_envs"], stream, levels
-        self.games = make_games(num, **levels, seed=stream["seed"])
-        shape = (num, time_limit(levels["env_id"], levels["distribution_mode"]))  # no episode is longer
-        self.actions = np.zeros(shape, np.uint8)
-        self.rewards, self.log_probs = np.zeros(shape, np.float32), np.zeros(shape, np.float32)
-        self.frames = [[] for _ in range(num)] if keep_frames else None  # of the episodes under way
-        self.tape = [] if keep_tape else None
-        self.length = np.zeros(num, int)  # steps of the episode under way
-        self.initial_states = [None] * num
-        self.steps = 0  # that the games have taken
-        self.arrived = True  # whether the last step's outcome has been read
-        self.observed = self.games.observe()[1]["rgb"]  # (num, 64, 64, 3) uint8, what the policy acts on
-
-    def receive(self) -> list:
-        """Wait for this half only, and return the episodes that its last step has ended."""
-        if self.arrived:
-            return []
-        self.arrived = True
-        rewards, observations, first = self.games.observe()
-        self.observed = observations["rgb"]
-        if self.tape is not None:
-            self.tape[-1] |= {"rewards": rewards.copy(), "dones": first.copy()}
-        under_way = np.flatnonzero(self.length)
-        self.rewards[under_way, self.length[under_way] - 1] = rewards[under_way]
-        ended = under_way[first[under_way]]
-        infos = self.games.get_info() if len(ended) else None  # slow
-        return [self.take(game, infos[game]) for game in ended]
-
-    def take(self, game: int, info: dict) -> dict:
-        """The episode that has just ended in a game."""
-        kept = slice(0, self.length[game])
-        episode = {name: getattr(self, name)[game, kept].copy() for name in ("actions", "rewards", "log_probs")}
-        episode |= {"level_seed": int(info["prev_level_seed"]), "level_complete": bool(info["prev_level_complete"])}
-        episode |= {"initial_state": self.initial_states[game], "game": game, "ended_at": self.steps, "frames": None}
-        if self.frames is not None:
-            episode["frames"], self.frames[game] = self.frames[game], []
-        self.length[game] = 0
-        return episode
-
-    def act(self, actions: np.ndarray, log_probs: np.ndarray) -> None:
-        """Begin a step of the games, which goes on in the background. (num,) uint8, IDLE where no episode is wanted."""
-        playing = np.flatnonzero(actions != IDLE)
-        if self.levels["env_id"] in STATEFUL_GAMES:
-            for game in playing[self.length[playing] == 0]:
-                self.initial_states[game] = get_state(self.games, game)
-        if self.frames is not None:
-            for game in playing:
-                self.frames[game].append(self.observed[game].copy())
-        if self.tape is not None:
-            self.tape.append({"actions": actions.copy(), "log_probs": log_probs.astype(np.float32)})
-            self.tape[-1]["checksums"] = np.uint32(deflate.crc32(self.observed))
-        now = (playing, self.length[playing])
-        self.actions[now], self.log_probs[now] = actions[playing], log_probs[playing]
-        self.length[playing] += 1
-        self.steps += 1
-        self.arrived = False
-        self.games.act(np.where(actions == IDLE, 0, actions).astype(np.int32))  # returns at once
-
-    def get_state(self) -> dict:
-        """All but the frames under way, in tensors and plain values; once the last step's outcome has been read."""
-        longest = self.length.max()
-        arrays = {name: getattr(self, name)[:, :longest] for name in ("actions", "rewards", "log_probs")}
-        level_seeds = [int(info["level_seed"]) for info in self.games.get_info()]
-        states = [get_state(self.games, game) for game in range(self.games.num)]
-        state = {name: torch.from_numpy(x.copy()) for name, x in {**arrays, "length": self.length}.items()}
-        return {**state, "steps": self.steps, "level_seeds": level_seeds, "games": states,
-                "initial_states": self.initial_states}  # fmt: skip
-
-    def set_state(self, state: dict) -> None:
-        """Continue from get_state()'s return value. The frames under way are drawn again, by all cores."""
-        self.games.set_state(state["games"])
-        self.observed = self.games.observe()[1]["rgb"]
-        self.length, self.steps = state["length"].numpy().copy(), state["steps"]
-        self.initial_states, longest = state["initial_states"], self.length.max()
-        for name in ("actions", "rewards", "log_probs"):
-            getattr(self, name)[:, :longest] = state[name].numpy()
-
-        def draw(game):
-            actions, level_seed = self.actions[game, : self.length[game]], state["level_seeds"][game]
-            steps = replay(self.levels, level_seed, self.initial_states[game], actions) if len(actions) else ()
-            return [frame for frame, *_ in steps]
-
-        if self.frames is not None:
-            with ThreadPoolExecutor(CORES) as pool:
-                self.frames = list(pool.map(draw, range(self.games.num)))
-
-
 class Policy:
-    """Plays with a checkpoint's network, each game as many episodes as its quota, until max_steps have been taken.
+    """Plays a checkpoint's network. To play another kind of policy, change this class.
 
-    Then no episode starts, but every one that has started is finished: to drop those under way would leave too few
-    long ones.
+    A recurrent policy keeps its memory here, a row for each environment, and clears the rows where an episode begins.
+    PyTorch is seeded before every step, so that sampling depends on the step alone.
     """
 
-    def __init__(self, agent, quota, max_steps, device):
-        self.agent, self.quota, self.max_steps, self.device, self.steps = agent, quota, max_steps, device, 0
-        self.steps_at = [0] * len(quota)  # steps of all games when each half last acted
+    has_memory = False  # True: before a collection continues, act() is shown the steps of the last time limit
+
+    def __init__(self, agent, args, num_envs, device):
+        self.agent = agent
+        self.epsilon = args.epsilon
+        self.device = device
 
     @torch.inference_mode()
-    def choose(self, half, number):
-        """Actions and log-probabilities, (num,), of a half of the games; None if there is nothing left to play."""
-        playing = np.flatnonzero(self.quota[number])
-        if not len(playing):
-            return None
-        frames = torch.from_numpy(half.observed[playing]).to(self.device)
-        chosen = self.agent.get_action_and_value(frames)
-        actions, log_probs = np.full(half.games.num, IDLE, np.uint8), np.zeros(half.games.num, np.float32)
-        actions[playing], log_probs[playing] = (x.cpu().numpy() for x in chosen[:2])
-        self.steps += len(playing)
-        self.steps_at[number] = self.steps
-        return actions, log_probs
+    def act(self, frames, envs, begins, actions=None):
+        """Choose actions, unless they are given. Returns them and their log-probabilities, each (n,).
 
-    def learn(self, half, number, episodes):
-        """What the last step of a half has ended. That the other half may have acted since must not matter."""
-        quota, enough = self.quota[number], self.steps_at[number] >= self.max_steps
-        for episode in episodes:
-            quota[episode["game"]] = 0 if enough else quota[episode["game"]] - 1
+        frames (n, 64, 64, 3) uint8 is what n of the environments show, envs (n,) which ones these are, begins (n,) bool
+        whose episode begins.
+        """
+        obs = torch.from_numpy(frames).to(self.device)
+        given = None if actions is None else torch.from_numpy(actions).long().to(self.device)
+        action, log_prob, _, _ = self.agent.get_action_and_value(obs, action=given)
+        if self.epsilon > 0 and actions is None:
+            self.explore(obs, action, log_prob)
+        if self.epsilon > 0:
+            log_prob = ((1 - self.epsilon) * log_prob.exp() + self.epsilon / len(ACTIONS)).log()
+        return action.cpu().numpy(), log_prob.cpu().numpy()
 
-    def get_state(self):
-        state = {"steps": self.steps, "steps_at": self.steps_at, "quota": [x.tolist() for x in self.quota]}
-        cuda = torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None
-        return {**state, "torch": torch.get_rng_state(), "cuda": cuda}
-
-    def set_state(self, state):
-        self.steps, self.steps_at = state["steps"], state["steps_at"]
-        self.quota = [np.array(x) for x in state["quota"]]
-        torch.set_rng_state(state["torch"])
-        if self.device.type == "cuda" and state["cuda"] is not None:
-            torch.cuda.set_rng_state(state["cuda"], self.device)
+    def explore(self, obs, action, log_prob):
+        """Replace some of the actions, and their log-probabilities, by those of random actions, in place."""
+        explores = torch.rand(len(obs), device=self.device) < self.epsilon
+        if explores.any():
+            action[explores] = torch.randint(len(ACTIONS), (len(obs),), device=self.device)[explores]
+            log_prob[explores] = self.agent.get_action_and_value(obs[explores], action=action[explores])[1]
 
 
-def roll_out(halves, player, dataset):
-    """Let player act in the games until nothing is left to play; hand every episode to dataset as it ends."""
+class RandomPolicy:
+    """Plays uniformly random actions."""
 
-    def receive(number, half):
-        episodes = half.receive()
-        player.learn(half, number, episodes)
-        for episode in episodes:
-            dataset.keep(episode)
+    has_memory = False
 
-    acted = True
-    while acted:
-        acted = False
-        for number, half in enumerate(halves):
-            receive(number, half)
-            chosen = player.choose(half, number)
-            if chosen is not None:
-                half.act(*chosen)
-                acted = True
-        if signals_received or time.monotonic() > dataset.next_save:
-            for number, half in enumerate(halves):
-                receive(number, half)
-            dataset.save()
-            stop_if_asked()
-    dataset.save()
+    def act(self, frames, envs, begins, actions=None):
+        if actions is None:
+            actions = torch.randint(len(ACTIONS), (len(frames),)).numpy()
+        return actions, np.full(len(frames), -math.log(len(ACTIONS)), np.float32)
 
 
-def collect(args: Args, path: Path, state: dict, folder: Path | None, chosen: dict) -> None:
-    """Roll a checkpoint out into the dataset in folder, or only evaluate it if that is None."""
+def make_policy(args, agent, num_envs, device):
+    return RandomPolicy() if args.random else Policy(agent, args, num_envs, device)
+
+
+@dataclass
+class Episode:
+    """An episode, complete or under way: one entry per step in each list."""
+
+    frames: list = field(default_factory=list)  # (64, 64, 3) uint8, what the policy acted on
+    actions: list = field(default_factory=list)
+    log_probs: list = field(default_factory=list)
+    rewards: list = field(default_factory=list)
+    level_seed: int = 0
+    level_complete: bool = False
+
+
+def play(levels, segment, recording=(), policy=None, follow_from=math.inf, continues=False, keep_frames=False):
+    """Play a vector of environments: what is recorded of it, and then, if it continues, what the policy chooses.
+
+    Environments of the same seed, given the same actions, show the same frames. So this one loop collects, continues
+    after a stop, draws a recording and verifies it. For each step it yields the row that came out, the recorded row or
+    None, and the episodes that ended. From step follow_from on, the policy computes the log_probs of recorded rows.
+    """
+    num_envs = segment["num_envs"]
+    max_steps = segment.get("max_steps", math.inf)
+    quota = np.full(num_envs, math.inf)
+    if "num_episodes" in segment:  # The same number for each environment: the first ones to end would be the short ones
+        share, rest = divmod(segment["num_episodes"], num_envs)
+        quota = share + (np.arange(num_envs) < rest)
+    envs = make_envs(num_envs, **levels, seed=segment["seed"])
+    under_way = [Episode() for _ in range(num_envs)]
+    length = np.zeros(num_envs, int)  # steps of the episodes under way
+    finished = np.zeros(num_envs, int)  # episodes of each environment
+    steps = 0
+    recording = iter(recording)
+    for number in itertools.count():
+        frames = envs.observe()[1]["rgb"]
+        recorded = next(recording, None)
+        # An episode that has started is always finished: dropping those under way would leave too few long ones.
+        may_start = (finished < quota) & (steps < max_steps)
+        playing = np.flatnonzero((length > 0) | may_start)
+        if recorded is None and not (continues and len(playing)):
+            break
+
+        actions = np.full(num_envs, IDLE, np.uint8)
+        log_probs = np.zeros(num_envs, np.float32)
+        begins = length[playing] == 0
+        if recorded is None:
+            seed_torch(segment["seed"], number)
+            actions[playing], log_probs[playing] = policy.act(frames[playing], playing, begins)
+        else:
+            then_playing = np.flatnonzero(recorded["actions"] != IDLE)
+            if not np.array_equal(then_playing, playing) or not len(playing):
+                raise Unfit(f"step {number} of the recording has other running episodes than its rule gives")
+            actions[playing] = recorded["actions"][playing]
+            log_probs[playing] = recorded["log_probs"][playing]
+        row = {"actions": actions, "log_probs": log_probs, "checksums": np.uint32(deflate.crc32(frames))}
+        if recorded is not None and number >= follow_from:
+            row["log_probs"] = np.zeros(num_envs, np.float32)
+            row["log_probs"][playing] = policy.act(frames[playing], playing, begins, actions[playing])[1]
+
+        for env in playing:
+            episode = under_way[env]
+            episode.actions.append(actions[env])
+            episode.log_probs.append(log_probs[env])
+            if keep_frames:
+                episode.frames.append(frames[env].copy())
+        envs.act(np.where(actions == IDLE, 0, actions).astype(np.int32))
+        rewards, _, first = envs.observe()
+        row["rewards"] = rewards.copy()
+        row["dones"] = first.copy()
+        for env in playing:
+            under_way[env].rewards.append(rewards[env])
+        length[playing] += 1
+        steps += len(playing)
+
+        ended = playing[first[playing]]
+        infos = envs.get_info() if len(ended) else None  # get_info is slow
+        episodes = []
+        for env in ended:
+            episode = under_way[env]
+            episode.level_seed = int(infos[env]["prev_level_seed"])
+            episode.level_complete = bool(infos[env]["prev_level_complete"])
+            episodes.append(episode)
+            under_way[env] = Episode()
+        length[ended] = 0
+        finished[ended] += 1
+        yield row, recorded, episodes
+    envs.close()
+
+
+def collect(args: Args, path: Path | None, state: dict, folder: Path | None, note: dict) -> None:
+    """Play a policy into the dataset in folder, or only evaluate it if that is None. path and state: its checkpoint."""
     args = fill_in(args, state["args"])
-    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
-    agent = load_agent(args, state, path).to(device)
-    made_with = {
-        "kind": "episodes" if args.frames else "recording",
-        "collector": SCRIPT,
-        **{name: getattr(args, name) for name in LEVELS},
-        "args": asdict(args),
-        "checkpoint": str(path),
-        "checkpoint_sha256": state["sha256"],
-        **{name: state[name] for name in ("script", "script_sha256", "xpid", "iteration", "global_step")},
-        "test_return": state["test_return"],
-        "agent_from": describe_agent_from(args),
-        "device": device.type,
-        **chosen,
-    }
-    print(f"{args.env_id}, {args.distribution_mode}, {path} -> {folder or 'evaluation only'}", flush=True)
-    shown = ("steps", args.total_timesteps) if args.num_episodes is None else ("episodes", args.num_episodes)
-    with Dataset(folder, args, made_with, shown) as dataset:
-        if dataset.found == "complete":
-            return
-        # Every extension draws on seeds of its own, so that no episode is collected twice.
-        seeds = np.random.SeedSequence([args.seed, dataset.segment]).generate_state(3) % MAX_LEVEL
-        torch.manual_seed(int(seeds[0]))
-        max_steps, num_episodes = dataset.left()
-        quota = np.full(args.num_envs, MAX_LEVEL)
-        if num_episodes is not None:  # the same number in each game, as the first to end would be the short ones
-            quota = num_episodes // args.num_envs + (np.arange(args.num_envs) < num_episodes % args.num_envs)
-        quota = [half for half in np.array_split(quota, 2) if half.any()]
-        streams = [{"seed": int(seed), "num_envs": len(half)} for seed, half in zip(seeds[1:], quota)]
-        kept = {"keep_frames": args.frames, "keep_tape": not args.frames} if folder else {}
-        halves = [Half(stream, dataset.levels, **kept) for stream in streams]
-        player = Policy(agent, quota, math.inf if max_steps is None else max_steps, device)
-        dataset.begin(halves, player, dataset.segment)
-        roll_out(halves, player, dataset)
-        for half in halves:
-            half.games.close()
-    report(dataset)
+    device = choose_device(args)
+    agent = None if args.random else load_agent(args, state, path).to(device)
+    played = f"{args.env_id}, {args.distribution_mode}, {path or 'random actions'}"
+    print(f"{played} -> {folder or 'evaluation only'}", flush=True)
+    with Dataset(args, folder, describe(args, path, state, device, note)) as dataset:
+        for number, segment in dataset.segments():
+            policy = make_policy(args, agent, segment["num_envs"], device)
+            follow_from = math.inf
+            if policy.has_memory:  # no episode under way is longer than the time limit
+                follow_from = dataset.lengths[number] - time_limit(args.env_id, args.distribution_mode)
+            for row, recorded, episodes in play(
+                dataset.levels,
+                segment,
+                recording=dataset.read_rows(number),
+                policy=policy,
+                follow_from=follow_from,
+                continues=True,
+                keep_frames=dataset.draws,
+            ):
+                dataset.take(row, recorded, episodes)
+    report(args, dataset)
 
 
-class Replay:
-    """Plays as a recording did. Raises Unfit where something else comes out."""
-
-    def __init__(self, recording, segment, agent=None, compare_frames=True, last_step=math.inf):
-        self.recording, self.segment = recording, segment
-        self.chunks = [(0, {"actions": ()})] * 2  # (number of the first step, arrays), of each half
-        self.agent, self.log_prob_error, self.last_step = agent, 0.0, last_step
-        self.compared = ("rewards", "dones", "checksums") if compare_frames else ("rewards", "dones")
-
-    def choose(self, half, number):
-        first, chunk = self.chunks[number]
-        if half.steps >= first + len(chunk["actions"]):
-            first, chunk = self.chunks[number] = self.recording.chunk_at(half.steps, self.segment, number)
-        if half.steps >= self.last_step or not len(chunk["actions"]):
-            return None
-        actions, log_probs = (chunk[name][half.steps - first] for name in ("actions", "log_probs"))
-        playing = np.flatnonzero(actions != IDLE)
-        if self.agent is not None and len(playing):
-            with torch.inference_mode():
-                given = torch.from_numpy(half.observed[playing]), torch.from_numpy(actions[playing].astype(np.int64))
-                error = self.agent.get_action_and_value(*given)[1].numpy() - log_probs[playing]
-            self.log_prob_error = max(self.log_prob_error, float(np.abs(error).max()))
-        return actions, log_probs
-
-    def learn(self, half, number, episodes):
-        """Compare what the last step of a half gave with what it gave then."""
-        (first, chunk), rows, half.tape = self.chunks[number], half.tape, []
-        for row in rows:
-            for name in self.compared:
-                if not np.array_equal(row[name], chunk[name][half.steps - 1 - first]):
-                    raise Unfit(f"the replay gives other {name} than recorded, first at step {half.steps - 1}", 1)
-
-    def get_state(self):  # the games know how far they are
-        return {}
-
-    def set_state(self, state):
-        pass
+def draw(args: Args) -> None:
+    """Draw the episodes that a recording lacks, into its own folder."""
+    with Dataset(args, Path(args.render)) as dataset:
+        for number, segment in dataset.segments():
+            recording = itertools.islice(dataset.read_rows(number), dataset.last_row)
+            for row, recorded, episodes in play(dataset.levels, segment, recording, keep_frames=True):
+                dataset.take(row, recorded, episodes)
+    report(args, dataset)
 
 
-def render(args: Args) -> None:
-    """Draw a recording into the dataset that collecting with frames would have written."""
-    recording, folder = Recording(Path(args.render)), Path(args.dataset_saving_dir)
-    source, rendered_by, here = recording.metadata, recording.metadata["versions"]["procgen"], versions()["procgen"]
-    if rendered_by != here and not args.other_build:
-        differ = f"{args.render} was recorded with {rendered_by}, whose frames differ from those of {here} here"
-        fail(f"{differ}; --other-build draws it all the same", 2)
-    wanted, num_steps = (0, math.inf), source["args"].get("num_steps", 0)
-    if args.iterations is not None:
-        wanted = ((args.iterations[0] - 1) * num_steps, args.iterations[1] * num_steps)
-    lengths, recorded = recording.lengths(*wanted)
-    if args.iterations is not None:
-        most = recorded[0] // num_steps if num_steps else 0
-        sound = 1 <= args.iterations[0] <= args.iterations[1] <= most
-        require(args, sound, "iterations", f"the first and the last wanted of the {most} of the training {args.render}")
-    elif not source["complete"]:
-        fail(f"--render {args.render} is unfinished; finish it, or draw part of a training with --iterations", 2)
-    made_with = {key: value for key, value in source.items() if key not in (*COUNTS, "before")}
-    made_with |= {"kind": "episodes", "rendered_from": args.render, "iterations": args.iterations}
-    made_with["rendered_steps"] = None if args.iterations else recorded  # a recording may grow
-    with Dataset(folder, args, made_with, ("steps", sum(lengths)), wanted) as dataset:
-        if dataset.found == "complete":
-            return
-        size, free = sum(lengths) * bytes_per_step(recording), shutil.disk_usage(folder).free
-        size = f"about {size / 1e9:.3g} GB, of {free / 1e9:,.0f} GB that are free"
-        print(f"{args.render} -> {folder}: {len(lengths):,} episodes, {sum(lengths):,} steps, {size}", flush=True)
-        for number in range(dataset.segment, len(recording.segments)):
-            streams = recording.segments[number]
-            halves = [Half(stream, recording.levels, keep_frames=True, keep_tape=True) for stream in streams]
-            player = Replay(recording, number, None, rendered_by == here, wanted[1])
-            dataset.begin(halves, player, number)
-            roll_out(halves, player, dataset)
-            for half in halves:
-                half.games.close()
-    report(dataset)
+def verify(args: Args) -> int:
+    """Play a dataset again and compare everything that is in it. Returns the exit code."""
+    with Verification(args, Path(args.verify)) as dataset:
+        collected_with = dataset.metadata["args"] if "collector" in dataset.metadata else {}
+        played_with = SimpleNamespace(**{"random": False, "epsilon": 0.0, **collected_with})
+        agent = load_agent_of(dataset, args, played_with)
+        for number, segment in dataset.segments():
+            policy = None
+            follow_from = math.inf
+            if agent is not None or played_with.random:
+                policy = make_policy(played_with, agent, segment["num_envs"], torch.device("cpu"))
+                follow_from = 0
+            recording = dataset.read_rows(number)
+            for row, recorded, episodes in play(
+                dataset.levels, segment, recording, policy, follow_from, keep_frames=True
+            ):
+                dataset.check(row, recorded, episodes)
+        code = dataset.judge()
+    report(args, dataset)
+    return code
 
 
 # ======================================================================================================================
-# No fork needs to change anything below: arguments, signals, checkpoints, files, pictures, verifying.
+# A fork need not change anything below: arguments, checkpoints, files, pictures.
 # ======================================================================================================================
 
 SCRIPT = Path(__file__).name
+CORES = torch.get_num_threads()  # those that this process may use, or OMP_NUM_THREADS
 # The games that have more modes than easy and hard. Asked for any other, Procgen's library ends the whole process.
 EXTRA_MODES = {
     "extreme": ("chaser", "dodgeball", "leaper", "starpilot"),
@@ -507,7 +447,15 @@ EXTRA_MODES = {
     "exploration": ("caveflyer", "climber", "coinrun", "heist", "jumper", "leaper", "maze", "ninja"),
 }
 LEVELS = ("env_id", "distribution_mode", "start_level", "num_levels")
-INHERITED = (*LEVELS, "seed")  # from the checkpoint unless given
+INHERITED = (*LEVELS, "seed")  # taken from the checkpoint unless given
+OF_CHECKPOINT = ("script", "script_sha256", "xpid", "iteration", "global_step", "test_return")
+# With --random, in place of a checkpoint.
+NO_CHECKPOINT = {
+    **dict.fromkeys(OF_CHECKPOINT),
+    "sha256": None,
+    "args": {"distribution_mode": "easy", "start_level": 0, "num_levels": 200, "seed": 0},
+}
+MAX_ENVS = 2**16
 LOCK_PATIENCE = 600  # seconds
 # Return ranges of Cobbe et al. 2020, appendix C, for the normalised return (R - min) / (max - min).
 RANGES = {
@@ -524,27 +472,23 @@ RANGES = {
         "starpilot": (1.5, 35),
     },
 }  # fmt: skip
-EPISODE_NAME = re.compile(r"(\d{8}T\d{6})_(\d+)_(\d+)_(\d+)_(-?\d+\.\d\d)\.npz")
-EVALUATED = re.compile(r"model_(\d+_)?-?\d+\.\d\d\.pt")  # other files in a run are the user's
-# One dataset has one of each, also one build of Procgen: the two builds draw differently.
-ONE_DATASET = (*LEVELS, "kind", "collector", "checkpoint_sha256", "agent_from", "procgen")
-ONE_DATASET += ("rendered_from", "rendered_steps", "iterations")
-COUNTS = ("episodes", "steps", "return_mean", "return_std", "return_min", "return_max", "episodes_sha256")
-ONLY = {  # what goes with a flag that is no collection
-    "render": "render dataset_saving_dir iterations other_build save_interval preview video video_path cuda".split(),
-    "verify": "verify checkpoint agent_from video video_path cuda".split(),
+# The arguments that have an effect without a collection, and those that have none with one.
+USED_BY = {
+    "render": ("render", "iterations", "save_interval", "video", "video_path", "cuda"),
+    "verify": ("verify", "checkpoint", "agent_from", "video", "video_path", "cuda"),
 }
-NOTHING = {"episodes": 0, "steps": 0, "episodes_sha256": ""}
+UNUSED_BY = {
+    "checkpoint": ("iterations", "ratio_checkpoint_dir", "ratio_dataset_dir"),
+    "random": ("iterations", "ratio_checkpoint_dir", "ratio_dataset_dir", "epsilon", "agent_from"),
+    "ratio": ("iterations", "dataset_saving_dir", "video_path"),  # each run has a folder of its own
+}
+EPISODE_NAME = re.compile(r"\d{8}T\d{6}_(\d+)_\d+_\d+_-?\d+\.\d\d\.npz")
+CHUNK_NAME = re.compile(r"(\d+)_(\d{8,})\.npz")
+EVALUATED = re.compile(r"model_(?:(\d+)_)?(-?\d+\.\d\d)\.pt")  # other files in a run are the user's
+ROW = {"actions": "uint8", "log_probs": "float32", "rewards": "float32", "dones": "bool", "checksums": "uint32"}
+MAX_UNWRITTEN = 50_000  # steps of finished episodes that may wait in memory until they are written
 FRAMES_PER_SECOND = 15  # of videos, as when a person plays Procgen
-
-
-def usable_cores() -> int:
-    """Cores that this process may use: its affinity, and no more than OMP_NUM_THREADS."""
-    cores, threads = len(os.sched_getaffinity(0)), os.environ.get("OMP_NUM_THREADS", "")
-    return min(cores, int(threads)) if threads.isdecimal() and int(threads) else cores
-
-
-CORES = usable_cores()
+CARD_MARK = "<!-- Written by collect_procgen.py. Without this line it is yours, and no script replaces it. -->"
 
 
 def fail(message: str, code: int = 1) -> NoReturn:
@@ -554,126 +498,360 @@ def fail(message: str, code: int = 1) -> NoReturn:
 
 
 class Unfit(Exception):
-    """A checkpoint that cannot be rolled out: the reason and the exit code, 0 if nothing is wrong with it.
+    """A checkpoint or a dataset that cannot be played. With --ratio the other runs are played.
 
-    With --ratio the others go on.
+    The exit code is 0 if nothing is wrong with the run, but it is of no use here.
     """
+
+    def __init__(self, reason: str, code: int = 1):
+        super().__init__(reason)
+        self.reason = reason
+        self.code = code
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+
+
+def seed_torch(segment_seed: int, step: int) -> None:
+    """Seed PyTorch for one step of a segment. torch.manual_seed does more, and is slower than a step of a policy."""
+    seed = int(np.random.SeedSequence([segment_seed, step]).generate_state(1)[0])
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed(seed)
+
+
+# ARGUMENTS
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def require(args: Args, condition: bool, name: str, wanted: str) -> None:
     """Exit with code 2 and one line that names the flag, its value and what would be right, unless condition holds."""
     if not condition:
-        fail(f"--{name.replace('_', '-')} is {getattr(args, name)!r}; it must be {wanted}", 2)
+        fail(f"{flag(name)} is {getattr(args, name)!r}; it must be {wanted}", 2)
 
 
-def check_args(args: Args) -> None:
-    """Check what can be told without a checkpoint."""
-    what = tuple(x is not None for x in (args.checkpoint, args.ratio, args.render, args.verify))
-    if sum(what) != 1 and what != (True, False, False, True):
-        modes = "--checkpoint FILE, --ratio R (with --env-id), --render DIR and --verify DIR (with --checkpoint or not)"
-        fail(f"give one of {modes}", 2)
-    if args.ratio is not None:
-        require(args, 0 < args.ratio <= 1, "ratio", "above 0 and at most 1, such as 0.75")
-        require(args, args.env_id is not None, "env_id", "given with --ratio")
-        if args.dataset_saving_dir is not None:
-            fail("--dataset-saving-dir goes with --checkpoint; with --ratio it is --ratio-dataset-dir, in each run", 2)
-    if args.render is not None:
-        require(args, args.dataset_saving_dir is not None, "dataset_saving_dir", "given with --render")
-    mode = "render" if args.render is not None else "verify" if args.verify is not None else None
-    for field in fields(args):
-        belongs = field.name in ONLY[mode] if mode else field.name not in ("iterations", "other_build")
-        if getattr(args, field.name) != field.default and not belongs:
-            flag = field.name.replace("_", "-")
-            fail(f"--{flag} has no part in " + (f"--{mode}" if mode else "a collection") + "; leave it out", 2)
-    require(args, args.env_id is None or args.env_id in ENV_NAMES, "env_id", f"one of {', '.join(ENV_NAMES)}")
-    require(args, args.num_envs <= 2**16, "num_envs", "at most 65536")
-    require(args, 0 < args.save_interval <= 60, "save_interval", "above 0 and at most 60 seconds")
-    require(args, 0 <= args.video <= 100, "video", "a number of episodes up to 100")
-    suffix = Path(args.video_path or "video.mp4").suffix
-    require(args, suffix in (".mp4", ".gif"), "video_path", "a file that ends in .mp4 or .gif")
-    for name in ("total_timesteps", "num_episodes", "num_envs", "preview"):
-        value, least = getattr(args, name), 0 if name == "preview" else 1
-        require(args, value is None or value >= least, name, f"at least {least}")
+def print_help() -> None:
+    """Print the arguments in the groups and with the comments of class Args."""
+    print(__doc__)
+    for line in inspect.getsource(Args).splitlines():
+        heading = re.fullmatch(r"    # (.*)", line)
+        argument = re.fullmatch(r"    (\w+): .+? = (.+?)  # (.*)", line)
+        if heading:
+            print(f"\n{heading[1]}")
+        if argument:
+            name, default, comment = argument.groups()
+            shown = "" if default == "None" else f" ({default})"
+            print(f"  {flag(name):24} {comment}{shown}")
+    print("\nA switch that is True is turned off by --no-, as in --no-cuda.")
 
 
-def modes_of(env_id: str) -> list:
-    return ["easy", "hard"] + [mode for mode, games in EXTRA_MODES.items() if env_id in games]
-
-
-def fill_in(args: Args, trained: dict) -> Args:
-    """The arguments with what was left out taken from the checkpoint's, and checked against each other."""
-    args = replace(args, **{name: trained[name] for name in INHERITED if getattr(args, name) is None})
-    require(args, args.env_id == trained["env_id"], "env_id", f"{trained['env_id']}, the game of the checkpoint")
-    modes = modes_of(args.env_id)
-    require(args, args.distribution_mode in modes, "distribution_mode", f"one of {', '.join(modes)} for {args.env_id}")
-    require(args, 0 <= args.seed < MAX_LEVEL, "seed", f"between 0 and {MAX_LEVEL - 1}")
-    require(args, 0 <= args.start_level < MAX_LEVEL, "start_level", f"between 0 and {MAX_LEVEL - 1}")
-    most = MAX_LEVEL - args.start_level
-    require(args, 0 <= args.num_levels <= most, "num_levels", f"between 0 and {most} with this --start-level")
-    limit = time_limit(args.env_id, args.distribution_mode)
-    capacity = limit if args.capacity is None else args.capacity
-    require(args, capacity >= limit, "capacity", f"at least {limit}, the time limit of {args.env_id}")
+def read_args(words: list) -> Args:
+    """Parse the command line. Exits with code 2 if it makes no sense."""
+    if "--help" in words or "-h" in words:
+        print_help()
+        sys.exit()
+    whole_numbers = [flag(x.name) for x in fields(Args) if x.type in (int, int | None)]
+    words = list(words)
+    for i, word in enumerate(words):
+        following = itertools.takewhile(lambda word: not word.startswith("--"), words[i + 1 :])
+        values = list(following)
+        if word in ("--checkpoint", "--render", "--verify") and len(values) > 1:
+            what = "file" if word == "--checkpoint" else "folder"
+            fail(f"{word} takes one {what}; yours matched {len(values)}: {', '.join(values)[:500]}", 2)
+        if word in whole_numbers and values and re.fullmatch(r"\d+(\.\d+)?[eE]\d+", values[0]):  # such as 1e6
+            number = float(values[0])
+            if number.is_integer():
+                words[i + 1] = f"{number:.0f}"
+    args = tyro.cli(Args, args=words, description=__doc__)
+    check_args(args)
     return args
 
 
-class Stopped(Exception):
-    """One of STOP_SIGNALS came."""
+def check_args(args: Args) -> None:
+    """Check what needs no checkpoint."""
+    given = [name for name in ("checkpoint", "ratio", "render", "verify") if getattr(args, name) is not None]
+    if args.random:
+        given.append("random")
+    if len(given) != 1 and given != ["checkpoint", "verify"]:
+        fail("give one of --checkpoint, --ratio, --random, --render and --verify, or --checkpoint with --verify", 2)
+    mode = given[-1]
+    for argument in fields(args):
+        useless = argument.name in UNUSED_BY.get(mode, ())
+        if mode in USED_BY:
+            useless = argument.name not in USED_BY[mode]
+        if useless and getattr(args, argument.name) != argument.default:
+            fail(f"{flag(argument.name)} has no effect with {flag(mode)}; leave it out", 2)
+    if mode in ("ratio", "random"):
+        require(args, args.env_id is not None, "env_id", f"given with {flag(mode)}")
+    require(args, args.env_id is None or args.env_id in ENV_NAMES, "env_id", f"one of {', '.join(ENV_NAMES)}")
+    require(args, args.ratio is None or 0 < args.ratio <= 1, "ratio", "above 0 and at most 1, such as 0.75")
+    require(args, args.total_timesteps >= 1, "total_timesteps", "at least 1")
+    require(args, args.num_episodes is None or args.num_episodes >= 1, "num_episodes", "at least 1")
+    require(args, 1 <= args.num_envs <= MAX_ENVS, "num_envs", f"between 1 and {MAX_ENVS}")
+    require(args, 0 <= args.epsilon <= 1, "epsilon", "a probability, between 0 and 1")
+    require(args, 0 < args.save_interval <= 60, "save_interval", "above 0 and at most 60 seconds")
+    require(args, 0 <= args.video <= 100, "video", "a number of episodes, up to 100")
+    suffix = Path(args.video_path or "video.mp4").suffix
+    require(args, suffix in (".mp4", ".gif"), "video_path", "a file that ends in .mp4 or .gif")
+    if args.iterations is not None:
+        first, last = args.iterations
+        require(args, 1 <= first <= last, "iterations", "the first and the last one, counted from 1")
 
 
-signals_received = []
+def modes_of(env_id: str) -> list:
+    extra = [mode for mode, games in EXTRA_MODES.items() if env_id in games]
+    return ["easy", "hard", *extra]
 
 
-def stop_if_asked() -> None:
-    """Raise Stopped after a signal."""
-    if signals_received:
-        raise Stopped(signal.Signals(signals_received[0]).name)
+def fill_in(args: Args, trained: dict) -> Args:
+    """Take the arguments that are left out from the checkpoint's, and check all that depends on them."""
+    missing = [name for name in INHERITED if getattr(args, name) is None]
+    args = replace(args, **{name: trained[name] for name in missing})
+    game = trained.get("env_id", args.env_id)
+    modes = modes_of(args.env_id)
+    limit = time_limit(args.env_id, args.distribution_mode)
+    most = MAX_LEVEL - args.start_level
+    require(args, args.env_id == game, "env_id", f"{game}, the game of the checkpoint")
+    require(args, args.distribution_mode in modes, "distribution_mode", f"one of {', '.join(modes)} for {args.env_id}")
+    require(args, 0 <= args.seed < MAX_LEVEL, "seed", f"between 0 and {MAX_LEVEL - 1}")
+    require(args, 0 <= args.start_level < MAX_LEVEL, "start_level", f"between 0 and {MAX_LEVEL - 1}")
+    require(args, 0 <= args.num_levels <= most, "num_levels", f"between 0 and {most} with this --start-level")
+    long_enough = args.capacity is None or args.capacity >= limit
+    require(args, long_enough, "capacity", f"at least {limit}, the time limit of {args.env_id}")
+    return args
 
 
-def ignore_signals() -> None:
-    """Once all is saved: while Python ends, it has no handlers any more, and a signal would change the exit code."""
-    for stop_signal in STOP_SIGNALS:
-        signal.signal(stop_signal, signal.SIG_IGN)
+def choose_device(args: Args) -> torch.device:
+    if args.cuda and torch.cuda.is_available():
+        torch.backends.cudnn.deterministic = True
+        return torch.device("cuda")
+    has_gpus = "SLURM_JOB_GPUS" in os.environ or os.environ.get("CUDA_VISIBLE_DEVICES", "-1") not in ("", "-1")
+    if args.cuda and has_gpus:
+        fail("this job has GPUs, but PyTorch can use none of them; --no-cuda plays on the CPU")
+    return torch.device("cpu")
 
 
-def exit_stopped() -> NoReturn:
-    ignore_signals()
-    sys.exit(EXIT_STOPPED)
+def describe(args: Args, path: Path | None, state: dict, device: torch.device, note: dict) -> dict:
+    """The metadata of a collection."""
+    about = {name: getattr(args, name) for name in LEVELS}
+    about["collector"] = SCRIPT
+    about["args"] = json.loads(json.dumps(asdict(args)))
+    about["checkpoint"] = None if path is None else str(path)
+    about["checkpoint_sha256"] = state["sha256"]
+    for name in OF_CHECKPOINT:
+        about[name] = state[name]
+    about["agent_from"] = describe_agent_from(args)
+    about["action_names"] = ACTIONS
+    about["device"] = device.type
+    about["threads"] = torch.get_num_threads()
+    return {**about, **note}
 
 
-# GAMES
+# CHECKPOINTS
 
 
-def get_state(games: ProcgenGym3Env, game: int) -> bytes:
-    """The state of one of the games; games.get_state() takes all of them."""
-    buffer = games._ffi.new("char[]", 2**20)  # procgen.env.MAX_STATE_SIZE
-    return bytes(games._ffi.buffer(buffer, games.call_c_func("get_state", game, buffer, 2**20)))
-
-
-def replay(levels: dict, level_seed: int, initial_state: bytes | None, actions: np.ndarray, **options):
-    """Play an episode again in a game of its own. Yields frame, reward, whether it has ended, and then Procgen's info.
-
-    The frame is (64, 64, 3) uint8, with render_mode="rgb_array" it is (512, 512, 3).
-    """
-    one_level = (levels["env_id"], levels["distribution_mode"], level_seed, 1)
-    game = make_games(1, *one_level, seed=0, **{"num_threads": 0, **options})
+def load_checkpoint(path: Path) -> dict:
+    """Read a checkpoint without running any code in it. Raises Unfit if it is missing, damaged or foreign."""
+    if path.is_dir():
+        raise Unfit(f"checkpoint {path} is a folder; a checkpoint is a file, such as final/model_*.pt in a run")
+    if not path.exists():
+        raise Unfit(f"checkpoint {path} does not exist")
     try:
-        if initial_state is not None:
-            game.set_state([initial_state])
-        for action in actions:
-            frame = game.get_info()[0]["rgb"] if "render_mode" in options else game.observe()[1]["rgb"][0]
-            frame = frame.copy()
-            game.act(np.array([action], np.int32))
-            rewards, _, first = game.observe()
-            yield frame, rewards[0], first[0], game.get_info()[0] if first[0] else None
-    finally:
-        game.close()
+        content = path.read_bytes()
+        with zipfile.ZipFile(io.BytesIO(content)) as file:
+            damaged = file.testzip()  # torch.load does not look at the checksums
+        if damaged is not None:
+            raise ValueError(f"the checksum of {damaged} is wrong")
+        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises anything
+        raise Unfit(f"checkpoint {path} is damaged or holds more than plain values ({one_line(error)})") from None
+    try:
+        check_checkpoint(state)
+    except Exception as error:  # depends on what is in the file
+        raise Unfit(f"checkpoint {path} is not one of these scripts ({one_line(error)})") from None
+    state.pop("optimizer_state_dict", None)  # large, and of no use here
+    state["sha256"] = hashlib.sha256(content).hexdigest()  # of what was read: the file may be replaced
+    return state
+
+
+def check_checkpoint(state: dict) -> None:
+    """Raise any exception if a checkpoint holds what no script here writes."""
+    trained = state["args"]
+    xpid = state["xpid"]
+    demand(state["format"] == 1, "format")
+    demand(trained["env_id"] in ENV_NAMES, "env_id")
+    demand(trained["distribution_mode"] in modes_of(trained["env_id"]), "distribution_mode")
+    for name in ("num_levels", "start_level", "seed"):
+        demand(is_whole(trained[name], 0), name)
+    for name in ("iteration", "global_step"):
+        demand(is_whole(state[name], 0), name)
+    for name in ("script", "script_sha256"):
+        demand(isinstance(state[name], str) and state[name].isprintable(), name)
+    demand(xpid not in ("", "..") and xpid == Path(xpid).name and xpid.isprintable(), "xpid")
+    demand(state["test_return"] is None or math.isfinite(float(state["test_return"])), "test_return")
+    demand(isinstance(state["test_return"], (float, int, type(None))), "test_return")
+    for name, weight in state["model_state_dict"].items():
+        demand(weight.isfinite().all(), f"{name}, which has values that are not finite,")
+
+
+def demand(condition, what: str) -> None:
+    if not condition:
+        raise ValueError(f"{what} is not what a script here writes")
+
+
+def is_whole(value, least: int, most: int = MAX_LEVEL * 2**32) -> bool:
+    return type(value) is int and least <= value <= most
+
+
+def agent_sha256(source: bytes) -> str:
+    """Hash of the text of class Agent in a script and of everything the script defines that Agent refers to.
+
+    Args is left out, so that its defaults may change.
+    """
+    text = source.decode()
+    definitions = {}
+    for statement in ast.parse(text).body:
+        if isinstance(statement, (ast.ClassDef, ast.FunctionDef)):
+            definitions[statement.name] = statement
+        elif isinstance(statement, ast.Assign):
+            definitions.update({name.id: statement for name in statement.targets if isinstance(name, ast.Name)})
+    definitions.pop("Args", None)
+    needed = ["Agent"]
+    for name in needed:  # the list grows as it is read
+        for node in ast.walk(definitions[name]):
+            if isinstance(node, ast.Name) and node.id in definitions and node.id not in needed:
+                needed.append(node.id)
+    segments = [ast.get_source_segment(text, definitions[name]) for name in needed]
+    return hashlib.sha256("\n".join(segments).encode()).hexdigest()
+
+
+def find_agent(args: Args) -> type:
+    """This script's class Agent, or that of --agent-from, which is run as the user's own code."""
+    if args.agent_from is None:
+        return Agent
+    try:
+        spec = importlib.util.spec_from_file_location("agent_from", args.agent_from)
+        module = importlib.util.module_from_spec(spec)
+        sys.modules["agent_from"] = module
+        spec.loader.exec_module(module)
+        if not issubclass(module.Agent, nn.Module):
+            raise TypeError("it is no torch.nn.Module")
+        return module.Agent
+    except Exception as error:  # depends on the file
+        fail(f"--agent-from {args.agent_from} cannot be imported, or has no class Agent ({one_line(error)})", 2)
+
+
+def describe_agent_from(args: Args) -> dict | None:
+    if args.agent_from is None:
+        return None
+    path = Path(args.agent_from)
+    return {"name": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
+
+
+def load_agent(args: Args, state: dict, path: Path) -> nn.Module:
+    """The checkpoint's network. Raises Unfit unless its text is that of the class Agent that is used."""
+    agent_class = find_agent(args)
+    source = Path(args.agent_from or AGENT_OF).name
+    same_network = agent_sha256(Path(args.agent_from or __file__).read_bytes()) == state.get("agent_sha256")
+    if not same_network or (args.agent_from is None and state["script"] != AGENT_OF):
+        writer = f"a {source} with another network" if state["script"] == source else state["script"]
+        way_out = "--agent-from FILE names the script whose class Agent it needs; its run folder has a copy"
+        raise Unfit(f"checkpoint {path} was written by {writer}: {way_out}", 2)
+    if args.agent_from is not None and describe_agent_from(args)["sha256"] != state["script_sha256"]:
+        print(f"note: {args.agent_from} is not the file that wrote {path}, but the text of its network is the same")
+    try:
+        trained = SimpleNamespace(**{**state["args"], "bfloat16": False})  # it plays in float32
+        agent = agent_class(trained)
+        weights = state["model_state_dict"]
+        for name, weight in agent.state_dict().items():
+            if weights[name].dtype != weight.dtype:
+                raise TypeError(f"{name} is {weights[name].dtype}, not {weight.dtype}")
+        agent.load_state_dict(weights)
+        agent.eval()  # for the dropout and batch normalisation of a fork
+    except Exception as error:  # depends on what is in the file
+        raise Unfit(f"checkpoint {path} does not fit the network: {one_line(error)}") from None
+    try:
+        with torch.random.fork_rng(devices=[]):
+            policy = Policy(agent, args, 1, torch.device("cpu"))
+            policy.act(np.zeros((1, 64, 64, 3), np.uint8), np.zeros(1, int), np.ones(1, bool))
+    except Exception as error:  # the network may need more than a frame
+        way_out = f"{one_line(error)}; it needs a fork of this script with a class Policy that fits"
+        raise Unfit(f"class Policy cannot play the network of {path}: {way_out}") from None
+    return agent
+
+
+def load_agent_of(dataset, args: Args, played_with) -> nn.Module | None:
+    """The network of --checkpoint, which must be the one that collected the dataset; None without --checkpoint."""
+    if args.checkpoint is None:
+        return None
+    metadata = dataset.metadata
+    path = Path(args.checkpoint)
+    state = load_checkpoint(path)
+    if state["sha256"] != metadata.get("checkpoint_sha256"):
+        fail(f"{args.verify} was not collected from --checkpoint {path}: its sha256 is another one")
+    if not dataset.same_build:
+        fail(f"--checkpoint needs the frames of {metadata['versions']['procgen']}; leave it out, or verify there", 2)
+    for name in OF_CHECKPOINT:
+        if metadata.get(name) != state[name]:
+            wrong = f"{name} is {metadata.get(name)}, in the checkpoint {state[name]}"
+            fail(f"{args.verify}/metadata.json does not fit the checkpoint: {wrong}")
+    played_with.agent_from = args.agent_from
+    return load_agent(played_with, state, path)
+
+
+def choose_checkpoint(run: Path, args: Args) -> tuple:
+    """(path, state, note) of the checkpoint of a run whose test return is closest to ratio x that of the final one."""
+    finals = find_evaluated(run / "final")
+    archived = find_evaluated(run / "checkpoint")
+    if not finals:
+        raise Unfit("it has no final checkpoint", 0)
+    if not archived and args.ratio != 1:
+        raise Unfit("it has no archived checkpoint", 0)
+    loaded = [(load_of_run(path, args), path) for _, _, path in finals]
+    # There are two final ones if the run was killed between two files.
+    state, path = max(loaded, key=lambda found: found[0]["iteration"])
+    if state["test_return"] is None:
+        raise Unfit(f"{path} has no test return", 0)
+    target = args.ratio * state["test_return"]
+    if args.ratio != 1:
+        closest = min(archived, key=lambda found: (abs(found[0] - target), found[1]))
+        path = closest[2]
+        state = load_of_run(path, args)
+        if target <= 0:
+            print(f"warning: {run.name}: the final test return is not above 0, so --ratio does not mean what it says")
+    print(f"{run.name}: {path.name} with test return {state['test_return']:.2f}, wanted {target:.2f}")
+    return path, state, {"ratio": args.ratio, "target_return": target}
+
+
+def find_evaluated(folder: Path) -> list:
+    """(test return, iteration, path) of the evaluated checkpoints in a folder, by their names."""
+    found = []
+    for path in sorted(folder.glob("*.pt")):
+        match = EVALUATED.fullmatch(path.name)
+        if match:
+            found.append((float(match[2]), int(match[1] or 0), path))
+    return found
+
+
+def load_of_run(path: Path, args: Args) -> dict:
+    """Load a checkpoint of a run. Raises Unfit if it is of another game or another script."""
+    state = load_checkpoint(path)
+    if state["args"]["env_id"] != args.env_id:
+        raise Unfit(f"checkpoint {path} is one of {state['args']['env_id']}")
+    if state["script"] != Path(args.agent_from or AGENT_OF).name:
+        raise Unfit(f"it is a run of {state['script']}; --agent-from {state['script']} collects from those", 0)
+    return state
 
 
 # FILES
 
 
 def write_file(path: Path, content: bytes, temporaries: Path | None = None) -> None:
-    """Replace a file at one stroke: at any instant, killed or not, there is the whole old or the whole new one."""
+    """Replace a file atomically: at any moment, killed or not, there is the whole old or the whole new one."""
     temporary = (temporaries or path.parent) / f".{path.name}.tmp"
     try:
         with open(temporary, "wb") as file:
@@ -691,497 +869,621 @@ def to_npz(arrays: dict) -> bytes:
 
     The zip format is https://pkware.cachefly.net/webdocs/casestudies/APPNOTE.TXT; the date in it is always 1980-01-01.
     """
-    members, directory, offset = [], [], 0
+    members = []
+    directory = []
+    offset = 0
     for key, array in arrays.items():
-        file, name = io.BytesIO(), f"{key}.npy".encode()
+        name = f"{key}.npy".encode()
+        file = io.BytesIO()
         np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
         content = file.getvalue() + array.tobytes()
         packed = deflate.deflate_compress(content, 4)
-        version, method, date, sizes = 20, 8, 33, (deflate.crc32(content), len(packed), len(content), len(name), 0)
-        header = struct.pack("<5H3I2H", version, 0, method, 0, date, *sizes)
-        members += [b"PK\x03\x04", header, name, packed]
-        directory += [b"PK\x01\x02", struct.pack("<H", version), header, struct.pack("<3H2I", 0, 0, 0, 0, offset), name]
-        offset += 4 + len(header) + len(name) + len(packed)
+        sizes = (len(packed), len(content), len(name), 0)
+        # version, flags, method (deflate), time, date, checksum, sizes
+        header = struct.pack("<5H3I2H", 20, 0, 8, 0, 33, deflate.crc32(content), *sizes)
+        member = b"PK\x03\x04" + header + name + packed
+        members.append(member)
+        directory.append(b"PK\x01\x02\x14\x00" + header + struct.pack("<3H2I", 0, 0, 0, 0, offset) + name)
+        offset += len(member)
     directory = b"".join(directory)
     end = struct.pack("<4H2IH", 0, 0, len(arrays), len(arrays), len(directory), offset, 0)
     return b"".join([*members, directory, b"PK\x05\x06", end])
 
 
-def to_arrays(episode: dict, levels: dict) -> dict:
-    """The content of an episode's file; the keys are explained in the README."""
-    length, limit = len(episode["actions"]), time_limit(levels["env_id"], levels["distribution_mode"])
+def to_arrays(episode: Episode, levels: dict) -> dict:
+    """The content of an episode's file; the README explains the keys."""
+    length = len(episode.actions)
+    limit = time_limit(levels["env_id"], levels["distribution_mode"])
     observations = np.empty((length + 1, 3, 64, 64), np.uint8)
-    for t, frame in enumerate(episode["frames"]):
+    for t, frame in enumerate(episode.frames):
         observations[t] = frame.transpose(2, 0, 1)
     observations[-1] = observations[-2]  # Procgen never renders the terminal frame
     last = np.arange(length) == length - 1
-    arrays = {
+    cut = length == limit and not episode.level_complete
+    return {
         "observations": observations,
-        "actions": episode["actions"][:, None].astype(np.int64),
-        "rewards": episode["rewards"][:, None],
+        "actions": np.array(episode.actions, np.int64)[:, None],
+        "rewards": np.array(episode.rewards, np.float32)[:, None],
         "dones": last,
-        "truncations": last & (length == limit) & (not episode["level_complete"]),
-        "log_probs": episode["log_probs"],
-        "level_complete": np.array(episode["level_complete"]),
-        "level_seed": np.array(episode["level_seed"], np.int64),
+        "truncations": last & cut,
+        "log_probs": np.array(episode.log_probs, np.float32),
+        "level_complete": np.array(episode.level_complete),
+        "level_seed": np.array(episode.level_seed, np.int64),
     }
-    if episode["initial_state"] is not None:
-        arrays["initial_state"] = np.frombuffer(episode["initial_state"], np.uint8)
-    return arrays
 
 
-def episode_name(index: int, episode: dict) -> str:
-    """The name of an episode's file but for the time."""
-    episode_return = round(episode["rewards"].sum(dtype=float), 2) + 0.0  # which turns -0.0 into 0.0
-    return f"{index}_{len(episode['actions'])}_{episode['level_seed']}_{episode_return:.2f}.npz"
+def episode_return(episode: Episode) -> float:
+    return float(np.sum(episode.rewards, dtype=float))
 
 
-def write_episode(folder: Path, levels: dict, index: int, episode: dict) -> None:
-    """Compress and write one episode. Runs in a thread: the compressor releases the GIL."""
+def episode_name(index: int, episode: Episode) -> str:
+    """The name of an episode's file without the time."""
+    rounded = round(episode_return(episode), 2) + 0.0  # turns -0.0 into 0.0
+    return f"{index}_{len(episode.actions)}_{episode.level_seed}_{rounded:.2f}.npz"
+
+
+def pack_episode(levels: dict, index: int, episode: Episode) -> tuple:
+    """Index, name and content of an episode's file. Runs in a thread: the compressor releases the GIL."""
     name = f"{time.strftime('%Y%m%dT%H%M%S')}_{episode_name(index, episode)}"
-    write_file(folder / levels["env_id"] / name, to_npz(to_arrays(episode, levels)), folder)
+    return index, name, to_npz(to_arrays(episode, levels))
 
 
-def list_episodes(folder: Path) -> list:
-    """(index, length, level seed, return, path) of every episode of a dataset, by index."""
-    matches = [(EPISODE_NAME.fullmatch(path.name), path) for path in folder.glob("*/*.npz")]
-    return sorted((int(m[2]), int(m[3]), int(m[4]), float(m[5]), path) for m, path in matches if m)
-
-
-def extend_sha256(sha256: str, episode: dict) -> str:
-    """A hash over what was played in all episodes so far, in the order of their indices."""
-    parts = [sha256.encode(), np.array([episode["level_seed"], episode["level_complete"]], np.int64)]
-    parts += [episode["actions"].astype(np.uint8), episode["rewards"], episode["log_probs"]]
-    return hashlib.sha256(b"".join(bytes(part) for part in parts)).hexdigest()
-
-
-def load_checkpoint(path: Path) -> dict:
-    """Read a checkpoint without running any code in it. Raises Unfit if it is missing, damaged or foreign."""
-    if not path.is_file():
-        raise Unfit(f"checkpoint {path} does not exist", 1)
-    try:
-        content = path.read_bytes()
-        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises whatever it stumbles over
-        kind = type(error).__name__
-        raise Unfit(f"checkpoint {path} is damaged or holds more than plain values ({kind})", 1) from None
-    try:
-        trained, xpid = state["args"], state["xpid"]
-        sound = state["format"] == 1 and trained["env_id"] in ENV_NAMES
-        sound &= all(isinstance(state[key], str) for key in ("script", "script_sha256"))
-        sound &= all(type(trained[key]) is int for key in ("num_levels", "start_level", "seed"))
-        sound &= xpid not in ("", "..") and xpid == Path(xpid).name and xpid.isprintable()
-        sound &= type(state["iteration"]) is int and type(state["global_step"]) is int
-        sound &= isinstance(state["test_return"], (float, int, type(None))) and "distribution_mode" in trained
-        finite = all(bool(x.isfinite().all()) for x in state["model_state_dict"].values())
-    except Exception as error:  # depends on what is in the file
-        raise Unfit(f"checkpoint {path} is none of these scripts in format 1 ({one_line(error)})", 1) from None
-    if not sound or not finite:
-        reason = "holds values that no script here writes" if not sound else "has weights that are not finite"
-        raise Unfit(f"checkpoint {path} {reason}", 1)
-    state.pop("optimizer_state_dict", None)  # large, and not played
-    return {**state, "sha256": hashlib.sha256(content).hexdigest()}  # of what was read: the file may be replaced
-
-
-def one_line(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
-
-
-def find_agent(args: Args) -> type:
-    """The class Agent to use: this script's, or the one of --agent-from, which is run as the user's own code."""
-    if args.agent_from is None:
-        return Agent
-    try:
-        spec = importlib.util.spec_from_file_location("agent_from", args.agent_from)
-        sys.modules["agent_from"] = module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        if not issubclass(module.Agent, nn.Module):
-            raise TypeError("it is no torch.nn.Module")
-        return module.Agent
-    except Exception as error:  # whatever the file does
-        fail(f"--agent-from {args.agent_from} cannot be imported, or has no class Agent ({one_line(error)})", 2)
-
-
-def describe_agent_from(args: Args) -> dict | None:
-    if args.agent_from is None:
+def fault_in(path: Path, levels: dict, index: int, episode: Episode, same_build: bool) -> str | None:
+    """What is wrong with the file of an episode that was just played again, or None."""
+    if path.name[16:] != episode_name(index, episode):
+        return f"{path.name}: by the recording it is {episode_name(index, episode)}"
+    expected = to_arrays(episode, levels)
+    if same_build and path.read_bytes() == to_npz(expected):
         return None
-    path = Path(args.agent_from)
-    return {"name": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
-
-
-def agent_sha256(source: bytes) -> str:
-    """Hash of the text of class Agent in a script and of everything the script defines that Agent refers to.
-
-    Args is left out, so that its defaults may change.
-    """
-    text, definitions = source.decode(), {}
-    for statement in ast.parse(text).body:
-        if isinstance(statement, (ast.ClassDef, ast.FunctionDef)):
-            definitions[statement.name] = statement
-        elif isinstance(statement, ast.Assign):
-            definitions.update({name.id: statement for name in statement.targets if isinstance(name, ast.Name)})
-    definitions.pop("Args", None)
-    needed = ["Agent"]
-    for name in needed:  # grows on the way
-        for node in ast.walk(definitions[name]):
-            if isinstance(node, ast.Name) and node.id in definitions and node.id not in needed:
-                needed.append(node.id)
-    segments = [ast.get_source_segment(text, definitions[name]) for name in needed]
-    return hashlib.sha256("\n".join(segments).encode()).hexdigest()
-
-
-def load_agent(args: Args, state: dict, path: Path) -> nn.Module:
-    """The checkpoint's network. Raises Unfit unless it is known to be the one that Agent defines."""
-    agent_class, source = find_agent(args), args.agent_from or AGENT_OF
-    same_network = agent_sha256(Path(args.agent_from or __file__).read_bytes()) == state.get("agent_sha256")
-    if not same_network or (args.agent_from is None and state["script"] != AGENT_OF):
-        other_script = state["script"] != Path(source).name
-        whose = f"by {state['script']}" if other_script else f"by a {source} with another network"
-        way_out = "--agent-from FILE names the script whose class Agent it needs; its run folder has a copy"
-        raise Unfit(f"checkpoint {path} was written {whose}: {way_out}", 2)
-    if args.agent_from is not None and describe_agent_from(args)["sha256"] != state["script_sha256"]:
-        print(f"note: {source} has changed since it wrote {path}, outside the text of its networks")
     try:
-        agent = agent_class(SimpleNamespace(**{**state["args"], "bfloat16": False}))  # acting in float32
-        agent.load_state_dict(state["model_state_dict"])
-        agent.eval()  # this network has no layers to which it matters, but yours may
-    except Exception as error:  # depends on what is in the file
-        raise Unfit(f"checkpoint {path} does not fit the network: {one_line(error)}", 1) from None
+        with np.load(path, allow_pickle=False) as file:
+            found = {key: file[key] for key in file.files}
+    except Exception as error:  # numpy and zipfile raise many kinds
+        return f"{path.name} is damaged ({one_line(error)})"
+    compared = expected.keys() | found.keys()
+    if not same_build:  # the two builds of Procgen draw differently
+        compared.discard("observations")
+    wrong = [key for key in sorted(compared) if not same_array(found.get(key), expected.get(key))]
+    if wrong:
+        return f"{path.name}: {', '.join(wrong)} is not what the recording gives"
+    return None
+
+
+def same_array(one: np.ndarray | None, other: np.ndarray | None) -> bool:
+    if one is None or other is None or one.dtype != other.dtype:
+        return False
+    return np.array_equal(one, other)
+
+
+def read_chunk(path: Path, num_envs: int) -> dict:
+    """The arrays of one file of a recording. Raises Unfit if they are not what a script here writes."""
     try:
-        with torch.inference_mode(), torch.random.fork_rng(devices=[]):
-            _, _, _, _ = agent.get_action_and_value(torch.zeros((1, 64, 64, 3), dtype=torch.uint8))
-    except Exception as error:  # it may want more than a frame
-        needs = "it needs a fork of this script, whose Policy plays it"
-        raise Unfit(f"the network of {path} does not play from a frame alone ({one_line(error)}): {needs}", 1) from None
-    return agent
+        with np.load(path, allow_pickle=False) as file:
+            chunk = {key: file[key] for key in file.files}
+        demand(chunk.keys() == ROW.keys(), "a set of keys like this")
+        length = len(chunk["checksums"])
+        for key, dtype in ROW.items():
+            shape = (length,) if key == "checksums" else (length, num_envs)
+            demand(chunk[key].dtype == dtype and chunk[key].shape == shape, f"{key} of this shape or type")
+        actions = chunk["actions"]
+        demand(((actions < len(ACTIONS)) | (actions == IDLE)).all(), "an action like this")
+        demand((chunk["log_probs"] <= 0).all(), "a log-probability above 0")
+    except Exception as error:  # numpy and zipfile raise many kinds
+        raise Unfit(f"{path} is damaged ({one_line(error)})") from None
+    return chunk
+
+
+def counts(summary: list) -> dict:
+    """Numbers of episodes and steps, and mean, standard deviation and range of the returns."""
+    returns = [episode[0] for episode in summary]
+    lengths = [episode[1] for episode in summary]
+    found = {"episodes": len(summary), "steps": sum(lengths)}
+    if not returns:
+        return {**found, "return_mean": None, "return_std": None, "return_min": None, "return_max": None}
+    found["return_mean"] = float(np.mean(returns))
+    found["return_std"] = float(np.std(returns))
+    found["return_min"] = min(returns)
+    found["return_max"] = max(returns)
+    return found
 
 
 def versions() -> dict:
     procgen = importlib.metadata.packages_distributions()["procgen"][0]  # procgen or procgen-mirror
-    found = {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__}
-    return {**found, "procgen": f"{procgen} {importlib.metadata.version(procgen)}"}
+    return {
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "numpy": np.__version__,
+        "procgen": f"{procgen} {importlib.metadata.version(procgen)}",
+    }
 
 
 def read_metadata(folder: Path) -> dict:
-    """metadata.json of a dataset or a recording. Exits with code 1 if it is not there, or cannot be one."""
+    """metadata.json of a dataset. Exits with code 1 if there is none, or no script here can have written it."""
     path = folder / "metadata.json"
+    if not path.exists():
+        if (folder.parent / "metadata.json").exists() and (folder.is_dir() or not folder.exists()):
+            fail(f"{folder} is a folder in a dataset; give the folder above, {folder.parent}")
+        if any(folder.glob("**/*.npz")):
+            fail(f"{folder} has .npz files, but no metadata.json: without its recording nothing can be played again")
+        fail(f"{path} does not exist; give the folder of a dataset or a recording")
     try:
         metadata = json.loads(path.read_text())
-        sound = metadata["distribution_mode"] in modes_of(metadata["env_id"]) and metadata["env_id"] in ENV_NAMES
-        sound &= all(type(metadata[name]) is int for name in ("start_level", "num_levels"))
-        sound &= isinstance(metadata["versions"]["procgen"], str) and metadata["kind"] in ("episodes", "recording")
-        streams = [stream for segment in metadata["segments"] for stream in segment["streams"]]
-        sound &= all(type(stream[name]) is int for stream in streams for name in ("seed", "num_envs"))
-        sound &= isinstance(metadata["args"], dict) and isinstance(metadata["complete"], bool)
-        if metadata["complete"] and "num_steps" not in metadata["args"]:  # a training does not count its episodes
-            sound &= all(name in metadata for name in COUNTS)
-        if not sound:
-            raise ValueError("it holds values that no script here writes")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        check_metadata(metadata)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         fail(f"{path} cannot be read as that of a dataset or a recording ({one_line(error)})")
     return metadata
 
 
-class Recording:
-    """What a collection without frames or a training has kept: chunks of the steps of each of its vectors of games."""
-
-    def __init__(self, folder: Path):
-        self.folder, self.metadata = folder, read_metadata(folder)
-        if self.metadata["kind"] != "recording":
-            fail(f"{folder} is no recording, but {self.metadata['kind']}; --no-frames and --save-dataset make those")
-        self.levels = {name: self.metadata[name] for name in LEVELS}
-        self.segments = [segment["streams"] for segment in self.metadata["segments"]]
-
-    def chunk_at(self, step: int, segment: int, stream: int) -> tuple:
-        """Number of its first step, and arrays, of the chunk that holds a step. After the last one they are empty."""
-        firsts, paths = zip(*list_chunks(self.folder, segment, stream) or [(math.inf, None)])
-        number = bisect.bisect(firsts, step) - 1
-        if number < 0:
-            raise Unfit(f"{self.folder} has no {segment}_{stream}_{0:08d}.npz", 1)
-        first, chunk = firsts[number], load_chunk(paths[number], self.segments[segment][stream]["num_envs"])
-        if step < first + len(chunk["actions"]):
-            return first, chunk
-        if paths[number + 1 :]:
-            raise Unfit(f"{self.folder} lacks the steps between {paths[number].name} and {paths[number + 1].name}", 1)
-        return step, {name: array[:0] for name, array in chunk.items()}
-
-    def lengths(self, first_step: float, last_step: float) -> tuple:
-        """Lengths of the episodes that end after first_step and not after last_step; number of steps of each stream."""
-        found, steps = [], []
-        for segment, streams in enumerate(self.segments):
-            for stream, options in enumerate(streams):
-                begins, end = np.zeros(options["num_envs"], int), 0
-                while len((chunk := self.chunk_at(end, segment, stream)[1])["actions"]):
-                    for t, game in np.argwhere(chunk["dones"] & (chunk["actions"] != IDLE)):
-                        if first_step < end + t + 1 <= last_step:
-                            found.append(int(end + t + 1 - begins[game]))
-                        begins[game] = end + t + 1
-                    end += len(chunk["actions"])
-                steps.append(end)
-        return found, steps
+def check_metadata(metadata: dict) -> None:
+    """Raise an exception if metadata hold what no script here writes: wrong numbers may end Procgen's process."""
+    if metadata["format"] == 1:
+        raise ValueError("it has format 1; the collect_procgen.py of commit 9b8b484 reads it")
+    demand(metadata["format"] == 2, "format")
+    demand(metadata["env_id"] in ENV_NAMES, "env_id")
+    demand(metadata["distribution_mode"] in modes_of(metadata["env_id"]), "distribution_mode")
+    demand(is_whole(metadata["start_level"], 0, MAX_LEVEL - 1), "start_level")
+    demand(is_whole(metadata["num_levels"], 0, MAX_LEVEL - metadata["start_level"]), "num_levels")
+    demand(isinstance(metadata["versions"]["procgen"], str), "versions")
+    demand(isinstance(metadata["complete"], bool), "complete")
+    demand(isinstance(metadata["segments"], list), "segments")
+    for segment in metadata["segments"]:
+        demand(is_whole(segment["seed"], 0, MAX_LEVEL), "a segment's seed")
+        demand(is_whole(segment["num_envs"], 1, MAX_ENVS), "a segment's num_envs")
+        for name in ("max_steps", "num_episodes"):
+            demand(name not in segment or is_whole(segment[name], 1), f"a segment's {name}")
+        demand(is_whole(segment.get("rows", 0), 0), "a segment's rows")
+        demand("rows" in segment or not metadata["complete"], "a complete segment without rows")
+    args = metadata["args"]
+    demand(is_whole(args.get("num_steps", 1), 1), "num_steps")
+    if "collector" in metadata:  # in a training, epsilon may be anything
+        epsilon = args.get("epsilon", 0)
+        demand(type(epsilon) in (int, float) and 0 <= epsilon <= 1, "epsilon")
+    for name in LEVELS:
+        demand(args.get(name) == metadata[name], f"{name}, which differs in args,")
 
 
-def list_chunks(folder: Path, segment: int, stream: int) -> list:
-    """(number of its first step, path) of every chunk of a recording's vector of games, in order."""
-    matches = [(re.fullmatch(rf"{segment}_{stream}_(\d+)\.npz", path.name), path) for path in folder.glob("*.npz")]
-    return sorted((int(match[1]), path) for match, path in matches if match)
+def identity(metadata: dict) -> dict:
+    """What all episodes of a dataset have in common."""
+    common = {name: metadata.get(name) for name in ("collector", "checkpoint_sha256", "agent_from")}
+    for name, value in metadata["args"].items():
+        if name not in FREE_ARGUMENTS:
+            common[flag(name)] = value
+    return common
 
 
-def load_chunk(path: Path, num_envs: int) -> dict:
+def lock_folder(folder: Path) -> filelock.FileLock:
+    """Lock a folder for the lifetime of this process. On a cluster the previous holder may still be exiting."""
+    on_cluster = "SLURM_JOB_ID" in os.environ
     try:
-        with np.load(path, allow_pickle=False) as file:
-            chunk = {name: file[name] for name in ("actions", "log_probs", "rewards", "dones", "checksums")}
-        shapes = {chunk[name].shape[1:] for name in chunk if name != "checksums"}
-        actions, sizes = chunk["actions"], {len(array) for array in chunk.values()}
-        if shapes != {(num_envs,)} or len(sizes) != 1 or actions[actions != IDLE].max(initial=0) > 14:
-            raise ValueError("shapes or actions are not those of these games")
-        if not (chunk["log_probs"] <= 0).all():
-            raise ValueError("log_probs are above 0 or no numbers")
-    except Exception as error:  # numpy and zipfile raise whatever they stumble over
-        raise Unfit(f"{path} is damaged ({one_line(error)})", 1) from None
-    return chunk
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = filelock.FileLock(folder / ".lock", fallback_to_soft=False)
+        lock.acquire(timeout=LOCK_PATIENCE if on_cluster else 1)  # sweep.py may be asking whether it is in use
+    except filelock.Timeout:
+        in_use = f"{folder} is in use by another process"
+        fail(f"{in_use}; wait for it to end or choose another folder", EXIT_STOPPED if on_cluster else 1)
+    except NotImplementedError:
+        fail(f"{folder / '.lock'} cannot be locked on this file system; choose a folder on another one")
+    except OSError as error:
+        fail(f"{folder} cannot be written: {error.strerror}; choose another folder")
+    return lock
 
 
-def bytes_per_step(recording: Recording) -> float:
-    """Size of a dataset's files per step, measured on the first 200 steps of up to eight of the games."""
-    chunk, num = recording.chunk_at(0, 0, 0)[1], min(8, recording.segments[0][0]["num_envs"])
-    half = Half({**recording.segments[0][0], "num_envs": num}, recording.levels, keep_frames=True)
-    frames = []
-    for actions, log_probs in zip(chunk["actions"][:200, :num], chunk["log_probs"][:200, :num]):
-        half.act(actions, log_probs)
-        frames += [episode["frames"] for episode in half.receive()]
-    half.games.close()
-    frames = [np.stack(x).transpose(0, 3, 1, 2) for x in (*frames, *half.frames) if x]
-    size = sum(len(deflate.deflate_compress(x.tobytes(), 4)) for x in frames)
-    return 5 + size / sum(map(len, frames))  # 5 for all but the frames
+class Recording:
+    """A recording on disk, and what comes out when it is played again from its first step."""
 
-
-class Dataset:
-    """Episodes on disk, or in a recording: their lock, where they go on, their files. Without a folder, an evaluation.
-
-    In a `with` block, begin() comes before roll_out(), which hands over every episode and has the rest saved.
-    """
-
-    def __init__(self, folder: Path | None, args: Args, made_with: dict, shown: tuple, wanted: tuple = (0, math.inf)):
-        self.folder, self.args, self.made_with, self.wanted = folder, args, made_with, wanted
-        self.levels = {name: made_with[name] for name in LEVELS}
-        self.metadata = {"format": 1, "segments": [], **made_with, "versions": versions(), "complete": False}
-        self.before = NOTHING
-        self.found, self.segment, self.next_index, self.sha256, self.summary = "nothing", 0, 1, "", []
-        self.saved, self.pending, self.films, self.pool = None, deque(), [], ThreadPoolExecutor(CORES)
-        self.shown, self.next_save, self.lock = Shown(*shown), math.inf, None
-
-    def __enter__(self):
-        if self.folder is not None and (self.folder / "metadata.json").exists():
-            self.read()  # whoever only asks whether it is complete needs no lock, and no disk that can be written
-        if self.folder is not None and self.found != "complete":
-            self.open()
-        return self
-
-    def open(self) -> None:
-        """Lock the folder, and read in it where to go on."""
-        if not (self.folder / "metadata.json").exists() and any(self.folder.glob("**/*.npz")):
-            fail(f"{self.folder} holds episodes without a metadata.json; choose another folder", 2)
-        self.lock = filelock.FileLock(self.folder / ".lock")
-        on_cluster = "SLURM_JOB_ID" in os.environ  # there, whoever holds it may be about to end
-        patience = LOCK_PATIENCE if on_cluster else 1  # sweep.py may be asking whether the dataset is in use
-        try:
-            subfolder = self.levels["env_id"] if self.metadata["kind"] == "episodes" else ""
-            (self.folder / subfolder).mkdir(parents=True, exist_ok=True)
-            for _ in range(patience):
-                try:
-                    self.lock.acquire(timeout=1)
-                    break
-                except filelock.Timeout:
-                    stop_if_asked()
-            else:
-                in_use = f"{self.folder} is in use by another process, {patience} s long"
-                fail(f"{in_use}; wait for it to end or choose another folder", EXIT_STOPPED if on_cluster else 1)
-        except OSError as error:
-            fail(f"{self.folder} cannot be written: {error.strerror}; choose another folder")
-        if not (self.folder / "metadata.json").exists():
-            return
-        self.read()
-        for leftover in self.folder.glob(".*.tmp"):  # of a write that was killed
-            leftover.unlink()
-        if self.found != "unfinished":
-            (self.folder / "state.pt").unlink(missing_ok=True)
-        elif (self.folder / "state.pt").exists():
-            try:
-                self.saved = torch.load(self.folder / "state.pt", map_location="cpu", weights_only=True)
-                self.segment = self.saved["segment"]
-            except Exception as error:  # torch.load raises whatever it stumbles over
-                fail(f"{self.folder / 'state.pt'} is damaged ({one_line(error)}); begin anew in another folder")
+    def __init__(self, args: Args, folder: Path | None, about: dict | None = None):
+        self.args = args
+        self.folder = folder
+        self.metadata = {"format": 2, **(about or {}), "versions": versions(), "segments": [], "complete": False}
+        self.chunks = []  # of each segment, (first step, path) of its files
+        self.lengths = []  # of each segment, the number of its recorded steps
+        self.recorded = {"episodes": 0, "steps": 0}
+        self.drawn = {}  # path of each episode that has its frames, by index
+        self.strangers = []  # what is wrong with the other files among the episodes
+        self.same_build = True  # whether this is the build of Procgen that drew the frames
+        self.summary = []  # (return, length, level_complete, level_seed) of each episode played
+        self.number = 0  # of the segment that is being played
+        self.rows = 0  # steps played in it
+        self.log_probs_hash = hashlib.sha256()
+        self.unit = "steps" if args.num_episodes is None else "episodes"  # of progress, and of what is wanted
 
     def read(self) -> None:
-        """Take over the metadata on disk. Exits with code 2 if they are another dataset's, or of another command."""
-        found, asked = read_metadata(self.folder), json.loads(json.dumps(self.metadata))
-        there, here = ({**x, "procgen": x["versions"]["procgen"]} for x in (found, asked))
-        for name in ONE_DATASET:
-            if there.get(name) != here.get(name):
-                differs = f"whose {name} is {there.get(name)}, not {here.get(name)}"
+        """Read metadata.json and check that the files of the recording fit together. Raises Unfit if they do not."""
+        self.metadata = read_metadata(self.folder)
+        self.same_build = self.metadata["versions"]["procgen"] == versions()["procgen"]
+        segments = self.metadata["segments"]
+        self.chunks = [[] for _ in segments]
+        for path in sorted(self.folder.glob("*.npz")):
+            match = CHUNK_NAME.fullmatch(path.name)
+            if not match or int(match[1]) >= len(segments):
+                raise Unfit(f"{path} does not belong to this recording; move it away")
+            self.chunks[int(match[1])].append((int(match[2]), path))
+        self.recorded = {"episodes": 0, "steps": 0}
+        self.lengths = [self.check_chunks(number) for number in range(len(segments))]
+        for number, (segment, length) in enumerate(zip(segments, self.lengths)):
+            if length != segment.get("rows", length):
+                raise Unfit(f"{self.folder}: segment {number} has {length} steps, not {segment['rows']}")
+        self.find_episodes()
+
+    def check_chunks(self, number: int) -> int:
+        """Read all files of a segment once, and count what is in them. Returns the number of its steps."""
+        rows = 0
+        self.chunks[number].sort()
+        for first_step, path in self.chunks[number]:
+            chunk = read_chunk(path, self.metadata["segments"][number]["num_envs"])
+            if first_step != rows:
+                raise Unfit(f"{path} does not follow the file before it, which ends at step {rows}")
+            playing = chunk["actions"] != IDLE
+            self.recorded["episodes"] += int((chunk["dones"] & playing).sum())
+            self.recorded["steps"] += int(playing.sum())
+            rows += len(chunk["actions"])
+        return rows
+
+    def find_episodes(self) -> None:
+        self.drawn = {}
+        self.strangers = []
+        own = self.folder / self.metadata["env_id"]
+        elsewhere = [path for path in self.folder.glob("*/*.npz") if path.parent != own]
+        self.strangers += [f"{path} is an episode outside {own.name}/" for path in sorted(elsewhere)]
+        for path in sorted(own.glob("*")):
+            match = EPISODE_NAME.fullmatch(path.name)
+            index = int(match[1]) if match else 0
+            if not 1 <= index <= self.recorded["episodes"]:
+                self.strangers.append(f"{path} is not one of the {self.recorded['episodes']} recorded episodes")
+            elif index in self.drawn:
+                self.strangers.append(f"{path} is there twice: {self.drawn[index].name}")
+            else:
+                self.drawn[index] = path
+
+    def read_rows(self, number: int):
+        """Yield the recorded steps of a segment, each a dict with the keys of ROW."""
+        for _, path in self.chunks[number]:
+            chunk = read_chunk(path, self.metadata["segments"][number]["num_envs"])
+            for t in range(len(chunk["actions"])):
+                yield {key: chunk[key][t] for key in ROW}
+
+    @property
+    def levels(self) -> dict:
+        return {name: self.metadata[name] for name in LEVELS}
+
+    def show_progress(self, total: int) -> None:
+        self.bar = tqdm(total=total, unit=f" {self.unit}", unit_scale=True, disable=None)  # on a terminal only
+        self.start_time = time.monotonic()
+
+    def compare(self, row: dict, recorded: dict) -> None:
+        """Raise Unfit if a step that was played again gives something else than recorded."""
+        for key in ("rewards", "dones", "checksums"):
+            if key == "checksums" and not self.same_build:
+                continue
+            if not np.array_equal(row[key], recorded[key]):
+                where = f"first at step {self.rows} of segment {self.number}"
+                raise Unfit(f"{self.folder}: played again, it gives other {key} than recorded, {where}")
+
+    def count(self, row: dict, episodes: list) -> list:
+        """Count a step, and the episodes that it ended. Returns (index, episode) of these."""
+        self.rows += 1
+        self.log_probs_hash.update(row["log_probs"].tobytes())
+        numbered = []
+        for episode in episodes:
+            length = len(episode.actions)
+            self.summary.append((episode_return(episode), length, episode.level_complete, episode.level_seed))
+            self.bar.update(1 if self.unit == "episodes" else length)
+            numbered.append((len(self.summary), episode))
+        return numbered
+
+
+class Dataset(Recording):
+    """A recording that is written or drawn. With about, the metadata of a collection, it may grow.
+
+    Without a folder it stays in memory: an evaluation.
+    """
+
+    def __init__(self, args: Args, folder: Path | None, about: dict | None = None):
+        super().__init__(args, folder, about)
+        self.about = about
+        self.draws = args.frames and folder is not None
+        self.wanted = 0  # steps or episodes
+        if about is not None:
+            self.wanted = args.num_episodes or args.total_timesteps
+        self.first_row = 0  # episodes that end before it are not drawn
+        self.last_row = None  # to play to, if not to the end
+        self.unsaved = []  # rows that are not on disk yet
+        self.packing = []  # futures of the episodes that are not on disk yet
+        self.unwritten_steps = 0
+        self.pool = ThreadPoolExecutor(CORES)
+        self.lock = None
+        self.signals = []
+
+    def __enter__(self):
+        there = self.folder is not None and (self.folder / "metadata.json").exists()
+        if there or self.about is None:
+            self.read()
+        if self.folder is None or self.is_finished():
+            return self
+        if not there and (any(self.folder.glob("*.npz")) or any(self.folder.glob("*/*.npz"))):
+            fail(f"{self.folder} holds episodes without a metadata.json; choose another folder", 2)
+        self.lock = lock_folder(self.folder)
+        if (self.folder / "metadata.json").exists():
+            self.read()  # again: another process may have written until now
+            for leftover in self.folder.glob(".*.tmp"):  # from a write that was killed
+                leftover.unlink()
+        if self.draws:
+            (self.folder / self.metadata["env_id"]).mkdir(exist_ok=True)
+        return self
+
+    def read(self) -> None:
+        super().read()
+        if not self.same_build:
+            here = versions()["procgen"]
+            drawn_by = self.metadata["versions"]["procgen"]
+            fail(f"{self.folder} was recorded by {drawn_by}, which draws other frames than {here} here", 2)
+        if self.strangers:
+            fail(f"{self.strangers[0]}; move it away")
+        if self.about is not None:
+            self.continue_as(self.about)
+        if self.args.iterations is not None:
+            self.choose_iterations(*self.args.iterations)
+
+    def continue_as(self, about: dict) -> None:
+        """Take over the metadata of this command. Exits with code 2 if the dataset is another one."""
+        found = self.metadata
+        there = identity(found)
+        ours = identity(about)
+        for name in sorted(there.keys() | ours.keys()):
+            if there.get(name) != ours.get(name):
+                differs = f"whose {name} is {there.get(name)}, not {ours.get(name)}"
                 fail(f"{self.folder} holds a dataset {differs}; choose another folder", 2)
-        rendered = self.args.render is not None
-        begun_with = set() if found["complete"] else {"total_timesteps", "num_episodes", "num_envs", "seed"}
-        free = set(FREE_ARGUMENTS) - begun_with
-        for name in (found["args"] | asked["args"]).keys() - free if not rendered else ():
-            then, now = (x["args"].get(name, "absent") for x in (found, asked))
-            if then != now:
-                way_out = "choose another folder" if found["complete"] else "repeat that command, as it is unfinished"
-                fail(f"{self.folder} was begun with --{name.replace('_', '-')} {then}, not {now}; {way_out}", 2)
-        if not found["complete"]:
-            self.before, self.segment, self.found = found["before"], len(found["segments"]) - 1, "unfinished"
-        else:
-            self.before, self.segment, self.found = {x: found[x] for x in COUNTS}, len(found["segments"]), "extensible"
-        if rendered:
-            self.segment = 0
-        self.metadata = {**asked, "segments": found["segments"]}
-        if found.get("device") == "cuda":  # its log_probs are less precise, also if a CPU goes on
+        now = {"device": about["device"], "threads": about["threads"], **versions()}
+        then = {"device": found.get("device"), "threads": found.get("threads"), **found["versions"]}
+        changes = [f"{name} {then.get(name)} -> {now[name]}" for name in now if now[name] != then.get(name)]
+        if changes and not found["complete"]:
+            print(f"note: the last digits of log_probs, and so actions, may differ from here on: {', '.join(changes)}")
+        self.metadata = {**found, **about, "versions": versions()}
+        if found.get("device") == "cuda":  # its log_probs are less precise
             self.metadata["device"] = "cuda"
-        self.next_index, self.sha256 = self.before["episodes"] + 1, self.before["episodes_sha256"]
-        if found["complete"] and (rendered or min(x for x in self.left() if x is not None) <= 0):
-            self.found = "complete"
-            more = "" if rendered else "; ask for more to extend it"
-            more += f"; --verify {self.folder} --video {self.args.video} shows them" if self.args.video else ""
-            print(f"{self.folder} is complete with {found['episodes']} episodes{more}")
 
-    def left(self) -> tuple:
-        """The steps and episodes that were missing when this segment began; None for what does not count."""
+    def choose_iterations(self, first: int, last: int) -> None:
+        num_steps = self.metadata["args"].get("num_steps")
+        require(self.args, num_steps is not None, "iterations", "left out, as this is not the recording of a training")
+        most = sum(self.lengths) // num_steps
+        require(self.args, last <= most, "iterations", f"within the {most} iterations that are recorded")
+        self.first_row = (first - 1) * num_steps
+        self.last_row = last * num_steps
+
+    def is_finished(self) -> bool:
+        all_drawn = len(self.drawn) == self.recorded["episodes"] or not self.draws
+        return self.metadata["complete"] and all_drawn and self.recorded[self.unit] >= self.wanted
+
+    def segments(self):
+        """Yield (number, segment) of every recorded segment, then of new ones as long as more is wanted."""
+        if self.is_finished():
+            more = "; ask for more to extend it" if self.about else ""
+            print(f"{self.folder} is complete with {self.recorded['episodes']} episodes{more}")
+            return
+        if self.recorded["steps"]:
+            print(f"{self.folder}: playing {self.recorded['steps']:,} recorded steps again", flush=True)
+        self.show_progress(max(self.wanted, self.recorded[self.unit]))
+        self.next_save = time.monotonic() + self.args.save_interval
+        on_signal(lambda signum, _: self.signals.append(signum))
+        while self.number < len(self.metadata["segments"]) or self.extend():
+            segment = self.metadata["segments"][self.number]
+            self.rows = 0
+            yield self.number, segment
+            self.save()
+            if self.about is not None:
+                segment["rows"] = self.rows
+            self.number += 1
+        self.finish()
+        if self.signals:
+            self.stop()
+
+    def extend(self) -> bool:
+        """Begin a segment if more is wanted. It has a seed of its own, so that no episode is collected twice."""
+        missing = self.wanted - counts(self.summary)[self.unit]
+        if missing <= 0:
+            return False
+        seed = np.random.SeedSequence([self.args.seed, self.number]).generate_state(1)[0]
+        segment = {"seed": int(seed % MAX_LEVEL), "num_envs": self.args.num_envs}
         if self.args.num_episodes is not None:
-            return None, self.args.num_episodes - self.before["episodes"]
-        return self.args.total_timesteps - self.before["steps"], None
+            segment["num_envs"] = min(self.args.num_envs, missing)
+            segment["num_episodes"] = missing
+        else:
+            segment["max_steps"] = missing
+        self.metadata["segments"].append(segment)
+        self.metadata["complete"] = False
+        self.chunks.append([])
+        self.lengths.append(0)
+        self.write_metadata()
+        return True
 
-    def begin(self, halves: list, player, segment: int) -> None:
-        """Go on as it was saved, or begin a segment, and drop what was written since."""
-        self.segment, self.halves, self.player = segment, halves, player
-        if self.saved is not None:
-            for half, state in zip(halves, self.saved["halves"]):
-                half.set_state(state)
-            player.set_state(self.saved["player"])
-            self.next_index, self.sha256, self.summary = (self.saved[x] for x in ("next_index", "sha256", "summary"))
-            self.saved = None
-            self.shown.restore(sum(x[1] for x in self.summary), len(self.summary))
-        if self.folder is None:
-            return
-        for index, *_, path in list_episodes(self.folder):
-            if index >= self.next_index:
-                path.unlink()
-        for number, half in enumerate(halves):
-            for first_step, path in list_chunks(self.folder, segment, number):
-                if first_step >= half.steps:
-                    path.unlink()
-        self.metadata |= {"complete": False, "before": self.before}
-        if segment == len(self.metadata["segments"]):
-            self.metadata["segments"].append({"streams": [half.stream for half in halves]})
-        self.save()
+    def take(self, row: dict, recorded: dict | None, episodes: list) -> None:
+        """Take a step that was played: compare it with what is recorded, or record it; draw the episodes it ended."""
+        if recorded is None:
+            self.unsaved.append(row)
+        else:
+            self.compare(row, recorded)
+        for index, episode in self.count(recorded or row, episodes):
+            if index in self.drawn:
+                self.check_name(index, episode)
+            elif self.draws and self.rows > self.first_row:
+                self.pack(index, episode)
+        if self.signals or time.monotonic() > self.next_save or self.unwritten_steps > MAX_UNWRITTEN:
+            self.save()
+        if self.signals:
+            self.stop()
 
-    def keep(self, episode: dict) -> None:
-        """Take an episode that has ended: write it, in the background, if it has frames."""
-        index, self.next_index = self.next_index, self.next_index + 1
-        if not self.wanted[0] < episode["ended_at"] <= self.wanted[1]:
-            return
-        self.sha256 = extend_sha256(self.sha256, episode)
-        steps, episode_return = len(episode["rewards"]), float(episode["rewards"].sum(dtype=float))
-        self.summary.append((episode_return, steps, episode["level_complete"], episode["level_seed"]))
-        if len(self.films) < self.args.video:
-            self.films.append({**episode, "frames": None})
-        if self.folder is not None and episode["frames"] is not None:
-            while len(self.pending) > CORES:  # a bound on the memory that waits to be written
-                self.pending.popleft().result()
-            self.pending.append(self.pool.submit(write_episode, self.folder, self.levels, index, episode))
-        self.shown.update(steps)
+    def check_name(self, index: int, episode: Episode) -> None:
+        path = self.drawn[index]
+        if path.name[16:] != episode_name(index, episode):
+            raise Unfit(f"{path} is not episode {index} of the recording; move it away, and it is drawn again")
+
+    def pack(self, index: int, episode: Episode) -> None:
+        """Compress an episode in the background. Few may wait for it, as their frames take memory."""
+        waiting = [job for job in self.packing if not job.done()]
+        if len(waiting) > CORES:
+            waiting[0].result()
+        self.packing.append(self.pool.submit(pack_episode, self.levels, index, episode))
+        self.unwritten_steps += len(episode.actions)
 
     def save(self) -> None:
-        """Write all that an exact continuation needs. Called while no half has a step under way."""
-        if self.folder is None:
-            return
-        while self.pending:
-            self.pending.popleft().result()
-        for number, half in enumerate(self.halves):
-            if half.tape and self.metadata["kind"] == "recording":
-                chunk = {name: np.stack([row[name] for row in half.tape]) for name in half.tape[0]}
-                name = f"{self.segment}_{number}_{half.steps - len(half.tape):08d}.npz"
-                write_file(self.folder / name, to_npz(chunk))
-                half.tape.clear()
-        state = {"segment": self.segment, "next_index": self.next_index, "sha256": self.sha256}
-        state |= {"halves": [half.get_state() for half in self.halves], "player": self.player.get_state()}
-        buffer = io.BytesIO()
-        torch.save({**state, "summary": self.summary}, buffer)
-        self.write_metadata()
-        write_file(self.folder / "state.pt", buffer.getvalue())
+        """Write what is new. The recording is written first, so that no episode on disk is beyond it."""
+        if self.folder is not None:
+            if self.unsaved:
+                first_step = self.rows - len(self.unsaved)
+                chunk = {key: np.stack([row[key] for row in self.unsaved]) for key in ROW}
+                path = self.folder / f"{self.number}_{first_step:08d}.npz"
+                write_file(path, to_npz(chunk))
+                self.chunks[self.number].append((first_step, path))
+                self.unsaved = []
+                self.write_metadata()
+            packed = [job.result() for job in self.packing]
+            list(self.pool.map(self.write_episode, packed))  # list() waits, and raises what went wrong
+            self.packing = []
+            self.unwritten_steps = 0
         self.next_save = time.monotonic() + self.args.save_interval
+        if self.bar.disable:  # in a log, a line takes the place of the bar
+            steps = counts(self.summary)["steps"]
+            print(f"{len(self.summary):,} episodes, {steps:,} steps, {self.speed():.0f} steps/s", flush=True)
+
+    def write_episode(self, packed: tuple) -> None:
+        index, name, content = packed
+        self.drawn[index] = self.folder / self.metadata["env_id"] / name
+        write_file(self.drawn[index], content, temporaries=self.folder)
 
     def write_metadata(self) -> None:
-        self.metadata |= {**counts(self.before, self.summary), "episodes_sha256": self.sha256}
-        write_file(self.folder / "metadata.json", json.dumps(self.metadata, indent=2).encode())
+        if self.about is not None and self.folder is not None:
+            self.metadata.update(counts(self.summary))
+            write_file(self.folder / "metadata.json", json.dumps(self.metadata, indent=2).encode())
 
-    def __exit__(self, kind, error, _):
-        self.shown.bar.close()
-        with self.pool:  # it ends when all is written that was handed over
-            if kind is Stopped:
-                way_out = "; the same command continues" if self.folder else ""
-                print(f"stopped by {error} after {len(self.summary)} episodes{way_out}", flush=True)
-                exit_stopped()
-        if kind is None and self.folder is not None and self.found != "complete":
-            if self.metadata["kind"] == "episodes":
-                contact_sheet(self.folder, self.args.preview)
-            del self.metadata["before"]
-            self.metadata["complete"] = True
-            self.write_metadata()
-            (self.folder / "state.pt").unlink()
-            self.lock.release()
+    def stop(self) -> NoReturn:
+        way_out = "" if self.folder is None else "; the same command continues"
+        name = signal.Signals(self.signals[0]).name
+        print(f"stopped by {name} after {len(self.summary)} episodes{way_out}", flush=True)
+        on_signal(signal.SIG_IGN)  # a signal during Python's shutdown would change the exit code
+        sys.exit(EXIT_STOPPED)
 
-
-def counts(before: dict, summary: list) -> dict:
-    """Numbers of episodes and steps, and mean, standard deviation and range of the returns, of both together."""
-    returns, number = np.array([x[0] for x in summary]), before["episodes"]
-    total = {"episodes": number + len(returns), "steps": before["steps"] + sum(x[1] for x in summary)}
-    if not total["episodes"]:
-        return {**total, **dict.fromkeys(("return_mean", "return_std", "return_min", "return_max"))}
-    mean, std, low, high = (before.get(f"return_{x}") or 0.0 for x in ("mean", "std", "min", "max"))
-    sums = [number * mean + returns.sum(), number * (std**2 + mean**2) + (returns**2).sum()]
-    mean, square = (float(x) / total["episodes"] for x in sums)
-    ends = [*returns, low, high] if number else returns
-    total |= {"return_mean": mean, "return_std": math.sqrt(max(0.0, square - mean**2))}
-    return {**total, "return_min": float(min(ends)), "return_max": float(max(ends))}
-
-
-class Shown:
-    """How far it is, in steps or episodes: a bar on a terminal, a line every half minute in a log."""
-
-    def __init__(self, unit: str, total: int | None):
-        self.in_log = not (sys.stdout.isatty() and sys.stderr.isatty())
-        self.bar = tqdm(total=total, unit=f" {unit}", unit_scale=True, smoothing=0, disable=self.in_log)
-        self.unit, self.steps, self.episodes, self.steps_before = unit, 0, 0, 0
-        self.start_time = self.last_line = time.time()
-
-    def restore(self, steps: int, episodes: int) -> None:
-        """What an earlier process has done."""
-        self.steps = self.steps_before = steps
-        self.episodes = self.bar.n = self.bar.initial = episodes
-        if self.unit == "steps":
-            self.bar.n = self.bar.initial = steps
-
-    def update(self, steps: int) -> None:
-        self.bar.update(steps if self.unit == "steps" else 1)
-        self.steps, self.episodes = self.steps + steps, self.episodes + 1
-        if self.in_log and time.time() - self.last_line > 30:
-            self.last_line = time.time()
-            print(f"{self.episodes:,} episodes, {self.steps:,} steps, {self.speed():.0f} steps/s", flush=True)
+    def finish(self) -> None:
+        """Write what a complete dataset has."""
+        self.final_speed = self.speed()
+        self.bar.close()
+        if self.folder is not None:
+            if self.draws:
+                contact_sheet(self.folder, [self.drawn[index] for index in sorted(self.drawn)])
+            if self.about is not None:
+                self.metadata.update(counts(self.summary))
+                self.metadata["log_probs_sha256"] = self.log_probs_hash.hexdigest()
+                write_card(self.folder, self.metadata)
+                self.metadata["complete"] = True
+                self.write_metadata()
 
     def speed(self) -> float:
-        return (self.steps - self.steps_before) / (time.time() - self.start_time)
+        return counts(self.summary)["steps"] / max(time.monotonic() - self.start_time, 1e-9)
+
+    def __exit__(self, kind, error, traceback):
+        self.pool.shutdown(cancel_futures=True)
+        if self.lock is not None:
+            self.lock.release()
+        on_signal(exit_at_once)
 
 
-def report(dataset: Dataset) -> None:
-    """Print what was played, and draw the video if one is wanted."""
-    if dataset.summary:
-        if dataset.before["episodes"]:
-            print(f"{dataset.folder} had {dataset.before['episodes']} episodes; these are new:")
-        print_summary(dataset.levels, dataset.summary, dataset.shown.speed())
-    if dataset.films:
-        path = Path(dataset.args.video_path or (dataset.folder or Path()) / "video.mp4")
-        draw_video(path, dataset.films, dataset.levels)
+class Verification(Recording):
+    """A recording that is compared with what comes out when it is played again."""
+
+    def __enter__(self):
+        self.read()
+        self.faults = []
+        self.checking = deque()  # futures of the episodes that are being compared
+        self.pool = ThreadPoolExecutor(CORES)
+        self.log_prob_error = 0.0
+        for stranger in self.strangers:
+            self.blame(stranger)
+        return self
+
+    def segments(self):
+        self.show_progress(self.recorded["steps"])
+        for number, segment in enumerate(self.metadata["segments"]):
+            self.number = number
+            self.rows = 0
+            before = counts(self.summary)
+            yield number, segment
+            after = counts(self.summary)
+            too_few = after["episodes"] - before["episodes"] < segment.get("num_episodes", 0)
+            too_short = after["steps"] - before["steps"] < segment.get("max_steps", 0)
+            if self.metadata["complete"] and (too_few or too_short):
+                self.blame(f"segment {number} ends before its max_steps or num_episodes")
+        self.settle(0)
+        self.bar.close()
+
+    def check(self, row: dict, recorded: dict, episodes: list) -> None:
+        self.compare(row, recorded)
+        error = float(np.abs(row["log_probs"] - recorded["log_probs"]).max())
+        self.log_prob_error = max(self.log_prob_error, error)
+        for index, episode in self.count(recorded, episodes):
+            if index in self.drawn:
+                job = (fault_in, self.drawn[index], self.levels, index, episode, self.same_build)
+                self.settle(2 * CORES)
+                self.checking.append(self.pool.submit(*job))
+
+    def settle(self, number: int) -> None:
+        """Wait until no more than a number of episodes are being compared."""
+        while len(self.checking) > number:
+            fault = self.checking.popleft().result()
+            if fault is not None:
+                self.blame(fault)
+
+    def blame(self, fault: str) -> None:
+        self.faults.append(fault)
+        tqdm.write(f"{self.folder}: {fault}")
+
+    def judge(self) -> int:
+        """Check what is known only at the end, and print what was found. Returns the exit code."""
+        metadata = self.metadata
+        total = len(self.summary)
+        missing = sorted(set(range(1, total + 1)) - self.drawn.keys())
+        of_training = "num_steps" in metadata["args"]
+        if missing and (self.folder / metadata["env_id"]).exists() and metadata["complete"] and not of_training:
+            self.blame(f"{len(missing)} episodes are not drawn, the first is number {missing[0]}; --render draws them")
+        found = counts(self.summary)
+        found["log_probs_sha256"] = self.log_probs_hash.hexdigest()
+        for name, value in found.items():
+            there = metadata.get(name, value)
+            if metadata["complete"] and not same_number(there, value):
+                self.blame(f"metadata.json: {name} is {there} there, {value} by what was played")
+        tolerance = 1e-4 if metadata.get("device") == "cpu" else 0.02  # a GPU's convolutions are less precise
+        if not self.log_prob_error <= tolerance:
+            self.blame(f"log_probs are up to {self.log_prob_error:.3g} from those of the policy")
+
+        proof = "all played again and equal, bit for bit"
+        if not self.same_build:
+            proof = f"all but the frames is equal: {metadata['versions']['procgen']} draws other frames"
+        if self.args.checkpoint is not None:
+            proof += f"; all log_probs are those of {self.args.checkpoint}"
+        elif metadata.get("checkpoint_sha256") is not None:
+            proof += "; with --checkpoint the log_probs and the origin are checked, too"
+        if self.faults:
+            proof = f"{len(self.faults)} faults"
+        if not metadata["complete"]:
+            proof += "; but it is unfinished: do not use it before its command has ended"
+        print(f"{self.folder}: {total} episodes, {total - len(missing)} of them drawn: {proof}")
+        return 0 if metadata["complete"] and total and not self.faults else 1
+
+    def __exit__(self, kind, error, traceback):
+        self.pool.shutdown(cancel_futures=True)
+
+
+def same_number(one, other) -> bool:
+    if isinstance(one, float) and isinstance(other, float):
+        return math.isclose(one, other, rel_tol=1e-6, abs_tol=1e-6)
+    return one == other
+
+
+def report(args: Args, recording: Recording) -> None:
+    """Print what was played, and make the video if one is wanted."""
+    if recording.summary and args.verify is None:
+        print_summary(recording.levels, recording.summary, recording.final_speed)
+    if args.video:
+        rows = recording.unsaved if recording.folder is None else recording.read_rows(0)
+        make_video(args, recording.folder, recording.metadata, rows)
 
 
 def print_summary(levels: dict, summary: list, speed: float) -> None:
@@ -1192,359 +1494,210 @@ def print_summary(levels: dict, summary: list, speed: float) -> None:
     print(f"median, min, max    {np.median(returns):.2f}, {returns.min():.2f}, {returns.max():.2f}")
     if levels["distribution_mode"] in RANGES:
         low, high = RANGES[levels["distribution_mode"]][levels["env_id"]]
-        print(f"normalised return   {(returns.mean() - low) / (high - low):.3f} (0 is {low}, 1 is {high})")
+        normalised = (returns.mean() - low) / (high - low)
+        print(f"normalised return   {normalised:.3f} (0 = a return of {low}, 1 = {high})")
     print(f"mean length         {lengths.mean():.1f}")
     print(f"levels completed    {100 * np.mean(completed):.1f} %")
     print(f"levels seen         {len(set(level_seeds))}", flush=True)
 
 
-def choose_checkpoints(args: Args) -> tuple:
-    """(path, state, folder, note) for every run of a game: the checkpoint nearest to ratio x the final test return.
+def write_card(folder: Path, metadata: dict) -> None:
+    """Write README.md, a page about the dataset for those who find it, unless the user has a page there."""
+    path = folder / "README.md"
+    if path.exists() and not path.read_text(errors="replace").startswith(CARD_MARK):
+        return
+    policy = f"run {metadata['xpid']} of {metadata['script']} after {metadata['global_step']} steps of training"
+    policy += f" (checkpoint with sha256 {metadata['checkpoint_sha256']})"
+    if metadata["args"]["random"]:
+        policy = "uniformly random actions"
+    if metadata["args"]["epsilon"]:
+        policy += f", mixed with a share of {metadata['args']['epsilon']} of uniformly random actions"
+    levels = f"{metadata['num_levels'] or 'all'} levels from level {metadata['start_level']} up"
+    packages = ", ".join(f"{name} {version}" for name, version in metadata["versions"].items())
+    text = f"""{CARD_MARK}
+# {metadata["env_id"]}: episodes of Procgen
 
-    Returns these and the number of runs that were skipped because something in them is wrong.
-    """
-    root, jobs, odd = Path(args.ratio_checkpoint_dir) / args.env_id, [], 0
-    trained_by = Path(args.agent_from or AGENT_OF).name
-    if not root.is_dir():
-        fail(f"{root} does not exist; --ratio-checkpoint-dir and --env-id say where the runs are")
+| | |
+|---|---|
+| game | {metadata["env_id"]}, {metadata["distribution_mode"]} mode, {levels} |
+| policy | {policy} |
+| episodes | {metadata["episodes"]:,}, {metadata["steps"]:,} steps |
+| return | mean {metadata["return_mean"]:.2f}, standard deviation {metadata["return_std"]:.2f}, \
+from {metadata["return_min"]:.2f} to {metadata["return_max"]:.2f} |
+| made with | {packages} |
 
-    def load(run, folder):
-        paths = [path for path in run.glob(f"{folder}/*.pt") if EVALUATED.fullmatch(path.name)]
-        states = [(path, load_checkpoint(path)) for path in sorted(paths)]
-        for path, state in states:
-            if state["args"]["env_id"] != args.env_id:
-                raise Unfit(f"checkpoint {path} is one of {state['args']['env_id']}", 1)
-            if state["script"] != trained_by:
-                way_out = f"--agent-from {state['script']} collects from the runs of that script"
-                raise Unfit(f"it is a run of {state['script']}, not of {trained_by}; {way_out}", 0)
-            load_agent(args, state, path)
-        return [(path, state) for path, state in states if state["test_return"] is not None]
+`*.npz` here is the recording: actions, log_probs, rewards, ends and a checksum of the frames of every step. The
+episodes with their frames, if they are here, lie in `{metadata["env_id"]}/`, for `numpy.load` and gen_dgrl's loaders.
+metadata.json has all that is known, also what the 15 actions are.
 
-    for run in sorted(path for path in root.iterdir() if path.is_dir()):
-        stop_if_asked()
-        try:
-            final, archived = load(run, "final"), load(run, "checkpoint") if args.ratio != 1 else []
-        except Unfit as error:
-            reason, code = error.args
-            print(f"{run} is skipped: {reason}")
-            odd += code != 0
-            continue
-        if not final or (args.ratio != 1 and not archived):
-            print(f"{run} is skipped: it has no {'archived' if final else 'final'} checkpoint")
-            continue
-        path, state = max(final, key=lambda x: x[1]["iteration"])
-        target = args.ratio * state["test_return"]
-        if args.ratio != 1:
-            path, state = min(archived, key=lambda x: (abs(x[1]["test_return"] - target), x[1]["iteration"]))
-        print(f"{run.name}: {path.name} with test return {state['test_return']:.2f}, wanted {target:.2f}")
-        note = {"ratio": args.ratio, "target_return": target}
-        jobs.append((path, state, run / args.ratio_dataset_dir / str(args.ratio), note))
-    return jobs, odd
+    python collect_procgen.py --render FOLDER    # draws the episodes that are not here
+    python collect_procgen.py --verify FOLDER    # plays everything again and compares
+
+The script's README shows how to load them. Its code and Procgen are under the MIT licence; the data are yours.
+"""
+    write_file(path, text.encode())
 
 
 # PICTURES
 
 
-def contact_sheet(folder: Path, num_episodes: int) -> None:
-    """Write preview.png: first, middle and last frame of some episodes, spread evenly over the dataset."""
-    episodes = list_episodes(folder)
-    if not num_episodes or not episodes:
+def contact_sheet(folder: Path, paths: list) -> None:
+    """Write preview.png: eight frames, from the first to the last, of each of up to eight episodes."""
+    if not paths:
         return
-    picked = [episodes[i] for i in np.unique(np.linspace(0, len(episodes) - 1, num_episodes).astype(int))]
-    size, text, gap = 128, 14, 4
-    sheet = Image.new("RGB", (3 * size + 2 * gap, len(picked) * (size + text)))
-    for row, (index, length, level_seed, episode_return, path) in enumerate(picked):
-        with np.load(path) as episode:
-            observations = episode["observations"]
-        top = row * (size + text)
-        caption = f"episode {index}: level {level_seed}, {length} steps, return {episode_return:.2f}"
-        ImageDraw.Draw(sheet).text((2, top + 1), caption)
-        for column, t in enumerate((0, length // 2, length - 1)):
-            frame = Image.fromarray(observations[t].transpose(1, 2, 0)).resize((size, size), Image.Resampling.NEAREST)
-            sheet.paste(frame, (column * (size + gap), top + text))
+    rows = []
+    for number in np.unique(np.linspace(0, len(paths) - 1, 8).astype(int)):
+        try:
+            with np.load(paths[number]) as episode:
+                frames = episode["observations"][:-1].transpose(0, 2, 3, 1)
+        except Exception as error:  # numpy and zipfile raise many kinds
+            damage = f"{paths[number]} is damaged ({one_line(error)})"
+            raise Unfit(f"{damage}; delete it, and the same command draws it again") from None
+        rows.append(np.hstack(frames[np.linspace(0, len(frames) - 1, 8).astype(int)]))
     buffer = io.BytesIO()
-    sheet.save(buffer, "PNG")
+    Image.fromarray(np.vstack(rows)).save(buffer, "PNG")
     write_file(folder / "preview.png", buffer.getvalue())
 
 
-def draw_video(path: Path, episodes: list, levels: dict) -> None:
-    """Replay episodes side by side in a grid, in Procgen's own large rendering; each halts at its last frame."""
-    columns = math.ceil(math.sqrt(len(episodes)))
-    rows, strip = math.ceil(len(episodes) / columns), 26
-    size = 256 if columns < 4 and path.suffix == ".mp4" else 128
-    limit = time_limit(levels["env_id"], levels["distribution_mode"])
+def make_video(args: Args, folder: Path | None, metadata: dict, rows) -> None:
+    """Play the first episodes of a recording again, side by side, in Procgen's own large rendering.
 
-    def pictures():
-        games = [replay(levels, x["level_seed"], x["initial_state"], x["actions"], render_mode="rgb_array")
-                 for x in episodes]  # fmt: skip
-        sheet = Image.new("RGB", (columns * size, rows * (size + strip)))
-        for t in range(max(len(x["actions"]) for x in episodes)):
-            stop_if_asked()
-            for i, (game, episode) in enumerate(zip(games, episodes)):
-                length, corner = len(episode["actions"]), (i % columns * size, i // columns * (size + strip))
-                if t >= length:
-                    continue
-                frame = Image.fromarray(next(game)[0]).resize((size, size), Image.Resampling.BILINEAR)
-                end = "completed" if episode["level_complete"] else "time limit" if length == limit else "ended"
-                caption = f"level {episode['level_seed']}\nreturn {episode['rewards'][: t + 1].sum():.2f}"
-                caption += f"  {end}" if t == length - 1 else ""
-                ImageDraw.Draw(sheet).rectangle((*corner, corner[0] + size, corner[1] + strip), "black")
-                ImageDraw.Draw(sheet).text((corner[0] + 2, corner[1] + 1), caption)
-                sheet.paste(frame, (corner[0], corner[1] + strip))
-            yield sheet
-        yield from [sheet] * FRAMES_PER_SECOND
-
+    Environment i does not depend on how many there are, so the first columns of the rows are enough.
+    """
+    path = Path(args.video_path or (folder or Path()) / "video.mp4")
+    if not metadata["segments"]:
+        return
+    num = min(args.video, metadata["segments"][0]["num_envs"])
+    if num < args.video:
+        print(f"note: --video {args.video} shows {num} episodes, the first one of each environment that was played")
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        columns = math.ceil(math.sqrt(num))
+        size = 256 if columns < 4 and path.suffix == ".mp4" else 128
+        pictures = video_pictures(metadata, rows, num, columns, size)
         if path.suffix == ".gif":
-            first, *more = (picture.quantize(64, Image.Quantize.FASTOCTREE, dither=0) for picture in pictures())
-            options = {"duration": 1000 / FRAMES_PER_SECOND, "loop": 0}
-            first.save(temporary, "GIF", save_all=True, append_images=more, **options)
+            write_gif(temporary, pictures)
         else:
-            import av
-
-            with av.open(str(temporary), "w", format="mp4") as file:
-                stream = file.add_stream("h264", rate=FRAMES_PER_SECOND)
-                stream.width, stream.height, stream.pix_fmt = columns * size, rows * (size + strip), "yuv420p"
-                for picture in pictures():
-                    file.mux(stream.encode(av.VideoFrame.from_image(picture)))
-                file.mux(stream.encode(None))
+            write_mp4(temporary, pictures)
         os.replace(temporary, path)
     except OSError as error:
         fail(f"the video {path} could not be written: {error.strerror}")
     finally:
         temporary.unlink(missing_ok=True)
-    print(f"{path}: {len(episodes)} episodes")
+    print(f"{path}: {num} episodes")
 
 
-# VERIFYING
+def video_pictures(metadata: dict, rows, num: int, columns: int, size: int):
+    """Yield the pictures of a video."""
+    strip = 26  # height of a caption
+    levels = {name: metadata[name] for name in LEVELS}
+    limit = time_limit(levels["env_id"], levels["distribution_mode"])
+    envs = make_envs(num, **levels, seed=metadata["segments"][0]["seed"], render_mode="rgb_array")
+    sheet = Image.new("RGB", (columns * size, math.ceil(num / columns) * (size + strip)))
+    returns = np.zeros(num)
+    playing = set(range(num))
+    for step, row in enumerate(rows, start=1):
+        before = envs.get_info()
+        actions = row["actions"][:num]
+        envs.act(np.where(actions == IDLE, 0, actions).astype(np.int32))
+        rewards, _, first = envs.observe()
+        after = envs.get_info()
+        returns += rewards
+        for i in sorted(playing):
+            end = ""
+            if first[i]:
+                end = "time limit" if step == limit else "ended"
+            if first[i] and after[i]["prev_level_complete"]:
+                end = "completed"
+            panel = Image.new("RGB", (size, size + strip))
+            frame = Image.fromarray(before[i]["rgb"]).resize((size, size), Image.Resampling.BILINEAR)
+            panel.paste(frame, (0, strip))
+            caption = f"level {before[i]['level_seed']}  step {step}\nreturn {returns[i]:.2f}  {end}"
+            ImageDraw.Draw(panel).text((2, 1), caption)
+            sheet.paste(panel, (i % columns * size, i // columns * (size + strip)))
+        yield sheet
+        playing.difference_update(np.flatnonzero(first))
+        if not playing:
+            break
+    envs.close()
+    for _ in range(FRAMES_PER_SECOND):  # the last picture stays for a second
+        yield sheet
 
 
-def read_episode(path: Path) -> dict:
-    """An episode's file as keep() takes it, without its frames."""
-    with np.load(path, allow_pickle=False) as file:
-        episode = {key: file[key][:, 0] for key in ("actions", "rewards")} | {"log_probs": file["log_probs"]}
-        episode |= {"level_seed": int(file["level_seed"]), "level_complete": bool(file["level_complete"])}
-        stateful = "initial_state" in file.files
-        return {**episode, "initial_state": file["initial_state"].tobytes() if stateful else None, "ended_at": 1}
+def write_gif(path: Path, pictures) -> None:
+    first, *more = (picture.quantize(64, Image.Quantize.FASTOCTREE, dither=0) for picture in pictures)
+    duration = 1000 / FRAMES_PER_SECOND
+    first.save(path, "GIF", save_all=True, append_images=more, duration=duration, loop=0)
 
 
-def fault_in(path: Path, levels: dict, compare_frames: bool) -> str | None:
-    """What is wrong with an episode's file, or None: played again in a fresh game, it must be the same, bit for bit."""
-    match = EPISODE_NAME.fullmatch(path.name)
-    if not match:
-        return "the name is not that of an episode"
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            found = {key: file[key] for key in file.files}
-        actions, level_seed, log_probs = found["actions"][:, 0], int(found["level_seed"]), found["log_probs"]
-        initial_state = found["initial_state"].tobytes() if levels["env_id"] in STATEFUL_GAMES else None
-        if not ((actions >= 0) & (actions < 15)).all() or not (log_probs <= 0).all():
-            return "actions are not between 0 and 14, or log_probs above 0"
-    except Exception as error:  # numpy and zipfile raise whatever they stumble over
-        return f"the file is damaged ({one_line(error)})"
-    first_level = levels["start_level"]
-    above = first_level + (levels["num_levels"] or MAX_LEVEL - first_level)
-    if not first_level <= level_seed < above and levels["distribution_mode"] != "exploration":
-        return f"level {level_seed} is not one of the dataset's"
-    frames, rewards, ends, infos = zip(*replay(levels, level_seed, initial_state, actions))
-    if not ends[-1] or any(ends[:-1]):
-        return f"the replay ends after {ends.index(True) + 1 if any(ends) else 'more'} steps, not {len(actions)}"
-    episode = {"frames": frames, "actions": actions, "rewards": np.array(rewards), "log_probs": log_probs}
-    episode |= {"level_seed": infos[-1]["prev_level_seed"], "level_complete": bool(infos[-1]["prev_level_complete"])}
-    expected = to_arrays({**episode, "initial_state": initial_state}, levels)
-    if expected.keys() != found.keys():
-        return f"the keys differ from the format's: {sorted(expected.keys() ^ found.keys())}"
-    for key, array in expected.items():
-        if (found[key].shape, found[key].dtype) != (array.shape, array.dtype):
-            return f"{key} is {found[key].dtype} {found[key].shape}, not {array.dtype} {array.shape}"
-        if not np.array_equal(found[key], array) and (compare_frames or key != "observations"):
-            where = np.argwhere(np.atleast_1d(found[key] != array))[0, 0]
-            return f"the replay gives other {key}, first at step {where}"
-    if path.name[16:] != episode_name(match[2], episode):
-        return "the length, the level seed or the return in the name is not that of the content"
-    return None
+def write_mp4(path: Path, pictures) -> None:
+    import av
 
-
-def wrong_log_probs(path: Path, agent: nn.Module, tolerance: float) -> str | None:
-    """What is wrong with the log-probabilities of an episode, if this network played it, or None."""
-    with np.load(path) as episode, torch.inference_mode():
-        frames = torch.from_numpy(episode["observations"][:-1].transpose(0, 2, 3, 1).copy())
-        actions = torch.from_numpy(episode["actions"][:, 0])
-        chunks = zip(frames.split(256), actions.split(256))
-        expected = torch.cat([agent.get_action_and_value(*chunk)[1] for chunk in chunks]).numpy()
-        error = float(np.abs(episode["log_probs"] - expected).max())
-    return None if error <= tolerance else f"log_probs are up to {error:.3g} from those of the checkpoint's network"
-
-
-class Worker(threading.local):
-    """For each thread that checks episodes a process, as Procgen ends the whole process where a state is damaged."""
-
-    pool, pools = None, []  # this thread's, and those of all threads
-
-    def fault_in(self, *arguments) -> str | None:
-        if self.pool is None:  # Procgen does not survive a fork; PyTorch is loaded before it, once, as that takes long
-            multiprocessing.resource_tracker.ensure_running()  # which leaves this thread's signals unblocked
-            signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # the worker inherits it: this process ends it
-            context = multiprocessing.get_context("forkserver")
-            context.set_forkserver_preload(["torch"])
-            self.pool = ProcessPoolExecutor(1, context)
-            self.pools.append(self.pool)
-        try:
-            return self.pool.submit(fault_in, *arguments).result()
-        except BrokenProcessPool:
-            self.pool = None
-            return "the replay makes Procgen end its process"
-        except Exception as error:  # whatever a strange value leads to
-            return f"the replay failed ({one_line(error)})"
-
-    def close(self) -> None:
-        while self.pools:
-            self.pools.pop().shutdown()
-
-
-WORKER = Worker()
-
-
-def verify(args: Args) -> int:
-    """Check a dataset or a recording with all cores; print what fails. Returns the exit code."""
-    folder, agent = Path(args.verify), None
-    metadata = read_metadata(folder)
-    if args.checkpoint is not None:
-        state = load_checkpoint(Path(args.checkpoint))
-        if state["sha256"] != metadata.get("checkpoint_sha256"):
-            fail(f"{folder} was not collected from --checkpoint {args.checkpoint}: another file's sha256 is on record")
-        agent = load_agent(args, state, Path(args.checkpoint))
-    rendered_by, here = metadata["versions"]["procgen"], versions()["procgen"]
-    if rendered_by != here:
-        print(f"rendered by {rendered_by}, which draws some pixels unlike {here} here: all but the frames is compared")
-        if agent and metadata["kind"] == "recording":  # whose frames are not the ones that the policy saw
-            fail(f"--checkpoint needs the frames that {rendered_by} draws; leave it out, or verify where that is", 2)
-    check = verify_recording if metadata["kind"] == "recording" else verify_episodes
-    dataset, number, failed = check(args, folder, metadata, agent, rendered_by == here)
-    if not metadata["complete"]:
-        print("it is unfinished: metadata.json says complete: false")
-    elif not failed and "episodes" in metadata:  # the recording of a training does not count its episodes
-        for name, value in {**counts(NOTHING, dataset.summary), "episodes_sha256": dataset.sha256}.items():
-            there, numbers = metadata[name], isinstance(value, float) and isinstance(metadata[name], float)
-            if value != there and not (numbers and math.isclose(value, there, rel_tol=1e-6)):
-                failed.append("metadata.json")
-                print(f"{folder / 'metadata.json'}: {name} is {there} there, {value} by what was played")
-    if dataset.films:
-        draw_video(Path(args.video_path or folder / "video.mp4"), dataset.films, dataset.levels)
-    proof = "all replayed bit for bit" if rendered_by == here else "all but the frames replayed"
-    proof += f", and every log-probability is that of {args.checkpoint}" if agent else ""
-    print(f"{folder}: {number} episodes checked, {len(failed)} failed" + ("" if failed else f", {proof}"))
-    return 1 if failed or not number else 0
-
-
-def tolerance(metadata: dict) -> float:
-    return 1e-4 if metadata.get("device") == "cpu" else 0.02  # a GPU's convolutions are less precise
-
-
-def verify_recording(args, folder, metadata, agent, compare_frames) -> tuple:
-    """Play a recording again: every reward, end and checksum of the frames must come out the same."""
-    recording, failed = Recording(folder), []
-    with Dataset(None, args, metadata, ("steps", metadata.get("steps"))) as dataset:
-        for number, streams in enumerate(recording.segments):
-            halves = [Half(stream, recording.levels, keep_tape=True) for stream in streams]
-            player = Replay(recording, number, agent, compare_frames)
-            dataset.begin(halves, player, number)
-            try:
-                roll_out(halves, player, dataset)
-            except Unfit as error:
-                failed.append(number)
-                print(f"{folder}, segment {number}: {error.args[0]}")
-            of_training = metadata["args"].get("num_steps")
-            if of_training and metadata["complete"] and not failed:
-                iterations = metadata["args"]["total_timesteps"] // (of_training * halves[0].games.num)
-                if halves[0].steps != iterations * of_training:
-                    failed.append(number)
-                    print(f"{folder}: it has {halves[0].steps} steps of each game, not {iterations * of_training}")
-            if not player.log_prob_error <= tolerance(metadata):
-                failed.append(number)
-                error = f"up to {player.log_prob_error:.3g} from those of the checkpoint's network"
-                print(f"{folder}: log_probs are {error}")
-            for half in halves:
-                half.games.close()
-    return dataset, len(dataset.summary), failed
-
-
-def verify_episodes(args, folder, metadata, agent, compare_frames) -> tuple:
-    """Play every episode of a dataset again, each on its own."""
-    paths, failed = sorted(folder.glob("*/*.npz")), []
-    indices = [index for index, *_ in list_episodes(folder)]
-    for index in sorted(set(range(indices[0], indices[-1])) - set(indices)) if indices and metadata["complete"] else ():
-        print(f"episode {index} is missing")
-        failed.append(index)
-    if len(set(indices)) < len(indices):
-        print("two episodes have the same index in their names")
-        failed.append(folder)
-    dataset = Dataset(None, args, metadata, ("episodes", len(paths)))
-    with dataset, contextlib.closing(WORKER), ThreadPoolExecutor(CORES) as pool:
-        try:
-            signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # the threads inherit it: this one is told
-            futures = {pool.submit(WORKER.fault_in, path, dataset.levels, compare_frames): path for path in paths}
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
-            for future in as_completed(futures):
-                stop_if_asked()
-                path, fault = futures[future], future.result()
-                if agent and not fault:
-                    fault = wrong_log_probs(path, agent, tolerance(metadata))
-                if fault:
-                    failed.append(path)
-                    tqdm.write(f"{path}: {fault}")
-                match = EPISODE_NAME.fullmatch(path.name)
-                dataset.shown.update(int(match[3]) if match else 0)
-        except Stopped:
-            pool.shutdown(cancel_futures=True)
-            raise
-    for *_, path in list_episodes(folder) if not failed else ():
-        dataset.keep(read_episode(path))
-    return dataset, len(paths), failed
+    with av.open(str(path), "w", format="mp4") as file:
+        stream = file.add_stream("h264", rate=FRAMES_PER_SECOND)
+        stream.pix_fmt = "yuv420p"
+        for picture in pictures:
+            stream.width, stream.height = picture.size
+            file.mux(stream.encode(av.VideoFrame.from_image(picture)))
+        file.mux(stream.encode(None))
 
 
 def main() -> None:
-    args = tyro.cli(Args, description=__doc__)
-    check_args(args)
-    for stop_signal in STOP_SIGNALS:
-        signal.signal(stop_signal, lambda signum, _: signals_received.append(signum))
-    folder, odd = args.verify or args.dataset_saving_dir, 0
+    args = read_args(sys.argv[1:])
+    folder = args.verify or args.render or args.dataset_saving_dir
     try:
-        if args.verify is not None:
-            sys.exit(verify(args))
         if args.render is not None:
-            return render(args)
-        if args.ratio is not None:
-            jobs, odd = choose_checkpoints(args)
-            if not jobs:
-                fail(f"no run of {args.env_id} in {args.ratio_checkpoint_dir} has what --ratio {args.ratio} needs")
+            draw(args)
+        elif args.verify is not None:
+            sys.exit(verify(args))
+        elif args.ratio is not None:
+            collect_from_runs(args)
+        elif args.random:
+            folder = Path(folder or Path("datasets") / args.env_id / "random")
+            collect(args, None, NO_CHECKPOINT, folder if args.save_dataset else None, {})
         else:
             path = Path(args.checkpoint)
             state = load_checkpoint(path)
-            folder = Path("datasets") / state["args"]["env_id"] / state["xpid"] / path.stem
-            jobs = [(path, state, Path(args.dataset_saving_dir) if args.dataset_saving_dir else folder, {})]
-        for path, state, folder, note in jobs:
-            try:
-                collect(args, path, state, folder if args.save_dataset else None, note)
-            except SystemExit as failure:  # its line has been printed; with --ratio, the others go on
-                if args.ratio is None or failure.code == EXIT_STOPPED:
-                    raise
-                odd += 1
+            folder = Path(folder or Path("datasets") / state["args"]["env_id"] / state["xpid"] / path.stem)
+            collect(args, path, state, folder if args.save_dataset else None, {})
     except Unfit as error:
-        fail(*error.args)
-    except Stopped as stop:  # while nothing was played
-        print(f"stopped by {stop}", flush=True)
-        exit_stopped()
+        fail(error.reason, error.code)
     except BrokenPipeError:
-        fail("whoever read the output has gone")
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        fail("the program that read the output has ended; the same command continues")
+    except torch.OutOfMemoryError:
+        fail("the GPU has too little memory; use fewer --num-envs, or --no-cuda")
     except (OSError, MemoryError) as error:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        fail(f"{folder} could not be written: {reason}; it is incomplete, and the same command continues it")
-    ignore_signals()
-    if odd:
-        fail(f"{odd} runs were skipped, as something in them is wrong; the others are collected")
+        fail(f"{folder} could not be written: {reason}; the same command continues")
+    on_signal(signal.SIG_IGN)  # a signal during Python's shutdown would change the exit code
+
+
+def collect_from_runs(args: Args) -> None:
+    """Play one checkpoint of every run of a game. A run that cannot be used does not stop the others."""
+    root = Path(args.ratio_checkpoint_dir) / args.env_id
+    if not root.is_dir():
+        fail(f"{root} does not exist; --ratio-checkpoint-dir and --env-id say where the runs are")
+    collected = 0
+    damaged = 0
+    for run in sorted(path for path in root.iterdir() if path.is_dir()):
+        try:
+            path, state, note = choose_checkpoint(run, args)
+            folder = run / args.ratio_dataset_dir / str(args.ratio)
+            collect(args, path, state, folder if args.save_dataset else None, note)
+            collected += 1
+        except Unfit as error:
+            print(f"{run} is skipped: {error.reason}")
+            damaged += error.code != 0
+        except SystemExit as failure:  # its line is printed already
+            if failure.code == EXIT_STOPPED:
+                raise
+            damaged += 1
+    if damaged:
+        fail(f"{damaged} runs were skipped, as something in them is wrong; the others are collected")
+    if not collected:
+        fail(f"no run of {args.env_id} in {args.ratio_checkpoint_dir} has what --ratio {args.ratio} needs")
 
 
 if __name__ == "__main__":

@@ -392,7 +392,7 @@ def main():
     recording_size = bytes_in(folder.glob("a recording 0/*.npz"), metadata["steps"])
     say("verifying and drawing")
     verify_seconds, _, _ = run([sys.executable, collector, "--verify", "frames 0"], folder)
-    drawing = [sys.executable, collector, "--render", "a recording 0", "--dataset-saving-dir", "drawn"]
+    drawing = [sys.executable, collector, "--render", "a recording 0"]
     drawing_speed = float(re.findall(r"(\d+) steps/s", run(drawing, folder)[2])[-1])
 
     say("sweep")

@@ -13,7 +13,7 @@ import collect_procgen
 import ppo_procgen
 
 # The files as they are begun, the longest first, so that no process is left alone with one at the end. Others follow.
-ORDER = "slurm resume ppo_procgen replay interrupted checkpoints collect_procgen verify sweep fork".split()
+ORDER = "slurm resume ppo_procgen continued replay checkpoints collect_procgen verify sweep fork".split()
 
 
 def pytest_xdist_auto_num_workers(config):

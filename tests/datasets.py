@@ -29,6 +29,12 @@ def episodes(folder):
     return dict(sorted(found.items()))
 
 
+def rows(folder):
+    """The recorded steps of a dataset's first segment: the arrays of its files, one after the other."""
+    chunks = [dict(np.load(path)) for path in sorted(folder.glob("0_*.npz"))]
+    return {key: np.concatenate([chunk[key] for chunk in chunks]) for key in chunks[0]}
+
+
 def metadata(folder):
     return json.loads((folder / "metadata.json").read_text())
 
@@ -46,6 +52,23 @@ def rewrite(folder, index, **changes):
     path, episode = episodes(folder)[index]
     np.savez_compressed(path, **{**episode, **changes})
     return path
+
+
+def change_chunk(folder, **changes):
+    """Change arrays of a recording's first file: name=function from the array to the new one."""
+    path = folder / "0_00000000.npz"
+    chunk = dict(np.load(path))
+    for key, change in changes.items():
+        chunk[key] = change(chunk[key])
+    np.savez_compressed(path, **chunk)
+
+
+def add_one_at(row):
+    def change(array):
+        array[row] += 1
+        return array
+
+    return change
 
 
 def die_within(monkeypatch, name, call, play, *arguments):

@@ -1,17 +1,19 @@
 """Which checkpoints collect_procgen.py takes, alone, by ratio and of forks, and what it says of other input."""
 
+import dataclasses
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
+import zipfile
 
-import numpy as np
 import pytest
 import torch
 from check_resume import launch
 from conftest import assert_one_line, collect
-from datasets import episodes, metadata, rewrite, verify
+from datasets import metadata, verify
 from runs import ROOT, run_main
 
 import collect_procgen
@@ -49,6 +51,9 @@ def test_ratio_choices(starpilot, tmp_path):
         chosen[found["xpid"]] = (found["iteration"], found["target_return"])
     assert chosen == {"plain_0": (10, 3.0), "tie_1": (30, 3.0), "negative_2": (10, -1.0), "seed_12": (10, 0.5)}
     assert "unfinished_3 is skipped" in process.stdout
+    assert (
+        process.stdout.count("warning: ") == 1 and "warning: negative_2: the final test return is not" in process.stdout
+    )
     assert "plain_0: model_10_3.00.pt with test return 3.00, wanted 3.00" in process.stdout
     # ratio 1.0 is the final checkpoint itself, with its own seed
     for path in (tmp_path / "starpilot").glob("*_[0-3]"):
@@ -69,21 +74,21 @@ def test_no_run_with_a_final_checkpoint(starpilot, tmp_path):
     assert_one_line(process.stderr, "--ratio")
 
 
-def test_an_odd_run_is_skipped_and_the_others_are_collected(starpilot, tmp_path):
+def test_an_unsuitable_run_is_skipped_and_the_others_are_collected(starpilot, tmp_path):
     for xpid in ("good_0", "truncated_1", "fork_2", "misfit_3", "foreign_4"):
         make_run(tmp_path, starpilot, xpid, {5: 1.0, 10: 3.0}, 6.0)
     own = tmp_path / "starpilot" / "good_0" / "final" / "model_keep_me.pt"
     own.write_bytes(b"a copy of the user's")
     root = tmp_path / "starpilot"
-    archived = root / "truncated_1" / "checkpoint" / "model_5_1.00.pt"
+    archived = root / "truncated_1" / "checkpoint" / "model_10_3.00.pt"
     archived.write_bytes(archived.read_bytes()[:5000])
     for xpid, change in (
         ("fork_2", {"script": "ppo_drac_procgen.py"}),
         ("misfit_3", {"model_state_dict": {}}),
         ("foreign_4", {"args": {**torch.load(starpilot, weights_only=True)["args"], "env_id": "miner"}}),
     ):
-        (path,) = (root / xpid / "final").glob("*.pt")
-        torch.save({**torch.load(path, weights_only=True), **change}, path)
+        for path in (root / xpid).glob("*/*.pt"):
+            torch.save({**torch.load(path, weights_only=True), **change}, path)
     arguments = ["--env-id", "starpilot", "--ratio-checkpoint-dir", str(tmp_path), "--num-episodes", "2"]
     process = run_main(collect_procgen, [*arguments, "--num-envs", "2", "--no-cuda", "--ratio", "0.5"], tmp_path)
     assert process.returncode == 1
@@ -157,7 +162,7 @@ def test_a_fork_is_collected_and_verified_with_its_own_network(elu, tmp_path):
     assert metadata(folder)["script"] == "ppo_elu_procgen.py"
     right = verify(folder, "--checkpoint", str(elu[1]), "--agent-from", str(elu[0]))
     assert right.returncode == 0, right.stdout + right.stderr
-    assert f"every log-probability is that of {elu[1]}" in right.stdout
+    assert f"all log_probs are those of {elu[1]}" in right.stdout
     wrong = verify(folder, "--checkpoint", str(elu[1]), "--agent-from", str(ROOT / "ppo_procgen.py"))
     assert wrong.returncode == 2
     assert_one_line(wrong.stderr, "was written by ppo_elu_procgen.py", "--agent-from")
@@ -170,16 +175,26 @@ def test_a_dataset_that_another_network_played_is_noticed(elu, tmp_path, monkeyp
     assert collect(tmp_path / "d", tmp_path / "forged.pt", "--num-episodes", "4").returncode == 0
     found = metadata(tmp_path / "d")
     sha256 = hashlib.sha256(elu[1].read_bytes()).hexdigest()
-    (tmp_path / "d" / "metadata.json").write_text(json.dumps({**found, "checkpoint_sha256": sha256}))
+    (tmp_path / "d" / "metadata.json").write_text(
+        json.dumps({**found, "checkpoint_sha256": sha256, "script": elu[0].name})
+    )
     process = verify(tmp_path / "d", "--checkpoint", str(elu[1]), "--agent-from", str(elu[0]))
     assert process.returncode == 1
-    assert process.stdout.count("from those of the checkpoint's network") == 4
+    assert "from those of the policy" in process.stdout and "1 faults" in process.stdout
 
 
 def test_a_fork_that_has_changed_around_its_networks_is_named(elu, tmp_path):
     (tmp_path / elu[0].name).write_text(elu[0].read_text() + "\n# a line more\n")
     process = collect(tmp_path / "d", elu[1], "--num-episodes", "1", "--agent-from", str(tmp_path / elu[0].name))
-    assert process.returncode == 0 and "has changed since it wrote" in process.stdout
+    assert process.returncode == 0 and f"{elu[0].name} is not the file that wrote" in process.stdout
+
+
+def test_a_helper_beside_agent_that_was_changed_is_another_network(elu, tmp_path):
+    source = elu[0].read_text().replace("nn.init.xavier_uniform_(conv.weight)", "nn.init.xavier_normal_(conv.weight)")
+    (tmp_path / elu[0].name).write_text(source)
+    process = collect(tmp_path / "d", elu[1], "--num-episodes", "1", "--agent-from", str(tmp_path / elu[0].name))
+    assert process.returncode == 2 and not (tmp_path / "d").exists()
+    assert_one_line(process.stderr, "was written by a ppo_elu_procgen.py with another network")
 
 
 def test_a_network_that_needs_more_than_a_frame_is_one_line_before_anything_is_written(elu, tmp_path):
@@ -190,7 +205,7 @@ def test_a_network_that_needs_more_than_a_frame_is_one_line_before_anything_is_w
     torch.save(state, tmp_path / "lstm.pt")
     process = collect(tmp_path / "d", tmp_path / "lstm.pt", "--num-episodes", "1", "--agent-from", str(path))
     assert process.returncode == 1 and not (tmp_path / "d").exists()
-    assert_one_line(process.stderr, "does not play from a frame alone", "a fork of this script")
+    assert_one_line(process.stderr, "class Policy cannot play the network", "a fork of this script")
 
 
 def test_of_many_runs_those_of_the_named_network_are_collected(elu, starpilot, tmp_path):
@@ -216,15 +231,6 @@ def test_of_many_runs_those_of_the_named_network_are_collected(elu, starpilot, t
     assert f"{root.relative_to(tmp_path) / 'elu'} is skipped: it is a run of ppo_elu_procgen.py" in process.stdout
 
 
-def test_zeros_for_log_probs_are_noticed_with_the_checkpoint_only(dataset, starpilot, tmp_path):
-    shutil.copytree(dataset, tmp_path / "d")
-    path = rewrite(tmp_path / "d", 3, log_probs=np.zeros_like(episodes(dataset)[3][1]["log_probs"]))
-    process = verify(tmp_path / "d", "--checkpoint", str(starpilot))
-    assert process.returncode == 1
-    (line,) = [line for line in process.stdout.splitlines() if path.name in line]
-    assert "log_probs" in line
-
-
 def test_another_checkpoint_than_the_datasets_is_refused_by_verify(dataset, elu):
     process = verify(dataset, "--checkpoint", str(elu[1]), "--agent-from", str(elu[0]))
     assert process.returncode == 1
@@ -241,6 +247,13 @@ class Intruder:
         return (os.mkdir, ("intruded",))
 
 
+OTHER_DTYPES = {"half": torch.float16, "int8": torch.int8, "complex": torch.complex64}
+
+
+def cast(state, dtype):
+    return {name: weight.to(dtype) for name, weight in state["model_state_dict"].items()}
+
+
 @pytest.fixture(scope="module")
 def bad_files(starpilot, tmp_path_factory):
     """A folder with damaged, foreign and hostile checkpoints, and files where folders or scripts are wanted."""
@@ -255,11 +268,35 @@ def bad_files(starpilot, tmp_path_factory):
         "sha": {key: value for key, value in good.items() if key != "script_sha256"},
         "xpid": {**good, "xpid": ".."},
         "return": {**good, "test_return": torch.zeros(2)},
+        "infinite": {**good, "test_return": float("inf")},
+        **{name: {**good, "model_state_dict": cast(good, dtype)} for name, dtype in OTHER_DTYPES.items()},
     }.items():
         torch.save(state, folder / f"{name}.pt")
+    content = bytearray(starpilot.read_bytes())
+    with zipfile.ZipFile(starpilot) as file:  # the weights of the first big layer, which torch.load does not check
+        data = max((x for x in file.infolist()), key=lambda x: x.file_size).header_offset + 1000
+    content[data] ^= 1
+    (folder / "bit.pt").write_bytes(content)
+    content[data : data + 400_000] = bytes(400_000)
+    (folder / "zeros.pt").write_bytes(content)
     for name in ("a-file", "a-file.py"):
         (folder / name).write_text("")
     return folder
+
+
+def test_help_is_in_groups_and_has_every_flag(tmp_path):
+    process = run_main(collect_procgen, ["--help"], tmp_path)
+    assert process.returncode in (0, None)
+    headings = [line.split(":")[0] for line in process.stdout.splitlines() if re.match(r"[A-Z ]{5,}(:|$)", line)]
+    assert headings == ["WHAT TO DO", "LEVELS", "COLLECT", "FILES", "VIDEO"]
+    flags = re.findall(r"^  --([\w-]+) +\S", process.stdout, re.MULTILINE)
+    assert flags == [field.name.replace("_", "-") for field in dataclasses.fields(collect_procgen.Args)]
+
+
+@pytest.mark.parametrize("text, expected", [("1e6", 1_000_000), ("2.5e4", 25_000), ("3", 3), ("1_000", 1_000)])
+def test_a_whole_number_may_have_an_exponent(text, expected):
+    args = collect_procgen.read_args(["--random", "--env-id", "miner", "--total-timesteps", text])
+    assert args.total_timesteps == expected
 
 
 @pytest.mark.parametrize(
@@ -269,18 +306,29 @@ def bad_files(starpilot, tmp_path_factory):
         ("--checkpoint CHECKPOINT --ratio 0.5 --env-id starpilot", 2, "give one of --checkpoint"),
         ("--ratio 0.5", 2, "--env-id is None; it must be given with --ratio"),
         ("--ratio nan --env-id starpilot", 2, "--ratio is nan"),
-        ("--ratio 0.5 --env-id starpilot --dataset-saving-dir d", 2, "--dataset-saving-dir goes with --checkpoint"),
+        ("--ratio 0.5 --env-id starpilot --dataset-saving-dir d", 2, "--dataset-saving-dir has no effect with --ratio"),
         ("--ratio 0.5 --env-id miner --ratio-checkpoint-dir no", 1, "no/miner does not exist"),
         ("--checkpoint CHECKPOINT --env-id miner", 2, "--env-id is 'miner'; it must be starpilot"),
         ("--checkpoint CHECKPOINT --env-id pong", 2, "--env-id is 'pong'; it must be one of bigfish"),
         ("--checkpoint CHECKPOINT --distribution-mode memory", 2, "--distribution-mode is 'memory'"),
         ("--checkpoint CHECKPOINT --capacity 999", 2, "--capacity is 999; it must be at least 1000, the time limit"),
-        ("--render a-file", 2, "--dataset-saving-dir is None; it must be given with --render"),
-        ("--render nowhere --dataset-saving-dir d", 1, "nowhere/metadata.json cannot be read"),
-        ("--checkpoint CHECKPOINT --iterations 1 2", 2, "--iterations has no part in a collection"),
-        ("--render a --dataset-saving-dir d --num-episodes 2", 2, "--num-episodes has no part in --render"),
-        ("--verify a --seed 2", 2, "--seed has no part in --verify"),
-        ("--checkpoint sha.pt", 1, "sha.pt is none of these scripts"),
+        ("--render a-file", 1, "a-file/metadata.json does not exist"),
+        ("--render nowhere", 1, "nowhere/metadata.json does not exist"),
+        ("--render a --dataset-saving-dir d", 2, "--dataset-saving-dir has no effect with --render"),
+        ("--checkpoint CHECKPOINT --iterations 1 2", 2, "--iterations has no effect with --checkpoint"),
+        ("--render a --iterations 0 2", 2, "--iterations is (0, 2); it must be the first and the last one"),
+        ("--render a --num-episodes 2", 2, "--num-episodes has no effect with --render"),
+        ("--verify a --seed 2", 2, "--seed has no effect with --verify"),
+        ("--verify a b", 2, "--verify takes one folder; yours matched 2: a, b"),
+        ("--checkpoint a.pt b.pt c.pt", 2, "--checkpoint takes one file; yours matched 3: a.pt, b.pt, c.pt"),
+        ("--checkpoint .", 1, "is a folder; a checkpoint is a file, such as final/model_*.pt in a run"),
+        ("--random", 2, "--env-id is None; it must be given with --random"),
+        ("--random --env-id miner --epsilon 0.1", 2, "--epsilon has no effect with --random"),
+        ("--random --env-id miner --distribution-mode extreme", 2, "--distribution-mode is 'extreme'"),
+        ("--random --checkpoint CHECKPOINT", 2, "give one of --checkpoint"),
+        ("--checkpoint CHECKPOINT --epsilon 1.5", 2, "--epsilon is 1.5; it must be a probability"),
+        ("--checkpoint CHECKPOINT --epsilon nan", 2, "--epsilon is nan; it must be a probability"),
+        ("--checkpoint sha.pt", 1, "sha.pt is not one of these scripts"),
         ("--checkpoint CHECKPOINT --save-interval 61", 2, "--save-interval is 61"),
         ("--checkpoint CHECKPOINT --video -1", 2, "--video is -1"),
         ("--checkpoint CHECKPOINT --video 1 --video-path v.avi", 2, "--video-path is 'v.avi'"),
@@ -292,10 +340,20 @@ def bad_files(starpilot, tmp_path_factory):
         ("--checkpoint CHECKPOINT --start-level 2147483640 --num-levels 100", 2, "--num-levels is 100"),
         ("--checkpoint missing.pt", 1, "missing.pt does not exist"),
         ("--checkpoint truncated.pt", 1, "truncated.pt is damaged"),
-        ("--checkpoint foreign.pt", 1, "foreign.pt is none of these scripts"),
-        ("--checkpoint nan.pt", 1, "nan.pt has weights that are not finite"),
-        ("--checkpoint xpid.pt", 1, "xpid.pt holds values that no script here writes"),
-        ("--checkpoint return.pt", 1, "return.pt holds values that no script here writes"),
+        ("--checkpoint foreign.pt", 1, "foreign.pt is not one of these scripts"),
+        (
+            "--checkpoint nan.pt",
+            1,
+            "network.0.conv.weight, which has values that are not finite",
+        ),
+        ("--checkpoint xpid.pt", 1, "xpid is not what a script here writes"),
+        ("--checkpoint return.pt", 1, "return.pt is not one of these scripts"),
+        ("--checkpoint infinite.pt", 1, "test_return is not what a script here writes"),
+        ("--checkpoint half.pt", 1, "network.0.conv.weight is torch.float16, not torch.float32"),
+        ("--checkpoint int8.pt", 1, "network.0.conv.weight is torch.int8, not torch.float32"),
+        ("--checkpoint complex.pt", 1, "network.0.conv.weight is torch.complex64, not torch.float32"),
+        ("--checkpoint bit.pt", 1, "bit.pt is damaged"),
+        ("--checkpoint zeros.pt", 1, "zeros.pt is damaged"),
         ("--checkpoint CHECKPOINT --agent-from nowhere.py", 2, "--agent-from nowhere.py cannot be imported"),
         (
             "--checkpoint CHECKPOINT --agent-from a-file.py",
@@ -306,7 +364,7 @@ def bad_files(starpilot, tmp_path_factory):
         ("--checkpoint hostile.pt", 1, "hostile.pt is damaged or holds more"),
         ("--checkpoint network.pt", 1, "network.pt does not fit"),
         ("--checkpoint CHECKPOINT --dataset-saving-dir a-file/d", 1, "a-file/d cannot be written"),
-        ("--verify nowhere", 1, "nowhere/metadata.json cannot be read"),
+        ("--verify nowhere", 1, "nowhere/metadata.json does not exist"),
     ],
 )
 def test_bad_input_is_one_line(arguments, code, message, starpilot, bad_files, monkeypatch):

@@ -61,7 +61,7 @@ def test_metadata(dataset, starpilot):
     found, state = metadata(dataset), torch.load(starpilot, weights_only=True)
     returns = [episode["rewards"].sum() for _, episode in episodes(dataset).values()]
     lengths = [len(episode["dones"]) for _, episode in episodes(dataset).values()]
-    assert (found["episodes"], found["steps"], found["complete"], found["kind"]) == (12, sum(lengths), True, "episodes")
+    assert (found["format"], found["complete"], found["episodes"], found["steps"]) == (2, True, 12, sum(lengths))
     assert found["return_mean"] == pytest.approx(np.mean(returns))
     assert found["return_std"] == pytest.approx(np.std(returns))
     assert (found["return_min"], found["return_max"]) == pytest.approx((min(returns), max(returns)))
@@ -69,6 +69,7 @@ def test_metadata(dataset, starpilot):
         assert found[key] == state[key]
     settings = found["env_id"], found["distribution_mode"], found["num_levels"], found["start_level"]
     assert settings == ("starpilot", "easy", 200, 0)
+    assert len(found["action_names"]) == 15 and found["action_names"][4] == "nothing"
     assert len(found["checkpoint_sha256"]) == 64 and found["versions"]["procgen"].startswith("procgen")
 
 
@@ -113,13 +114,11 @@ def test_a_number_of_episodes_is_a_quota_per_game(starpilot, tmp_path):
     """With seven episodes of three games, the first game plays three, the others two, told by their levels."""
     assert collect(tmp_path / "d", starpilot, "--num-episodes", "7", num_envs=3).returncode == 0
     expected = []
-    for stream, quota in zip(metadata(tmp_path / "d")["segments"][0]["streams"], ([3, 2], [2]), strict=True):
-        games = ProcgenGym3Env(
-            len(quota), "starpilot", num_levels=200, distribution_mode="easy", rand_seed=stream["seed"]
-        )
-        for t in range(3):
-            expected += [info["level_seed"] for info, n in zip(games.get_info(), quota) if t < n]
-            games.act(np.full(len(quota), -1))  # a reset
+    (segment,) = metadata(tmp_path / "d")["segments"]
+    games = ProcgenGym3Env(3, "starpilot", num_levels=200, distribution_mode="easy", rand_seed=segment["seed"])
+    for t in range(3):
+        expected += [info["level_seed"] for info, quota in zip(games.get_info(), (3, 2, 2)) if t < quota]
+        games.act(np.full(3, -1))  # a reset
     assert sorted(episode["level_seed"] for _, episode in episodes(tmp_path / "d").values()) == sorted(expected)
     assert collect(tmp_path / "few", starpilot, "--num-episodes", "2", num_envs=4).returncode == 0
     assert len(episodes(tmp_path / "few")) == 2
@@ -165,12 +164,13 @@ def test_a_time_limit_is_a_truncation(trained, tmp_path):
 
 
 def test_a_preview_is_drawn(dataset):
-    """The first, middle and last frame that the policy saw of an episode."""
+    """A row for each of eight episodes, from the first to the last frame that the policy saw."""
     sheet = np.asarray(Image.open(dataset / "preview.png"))
-    frames = next(iter(episodes(dataset).values()))[1]["observations"][:-1].transpose(0, 2, 3, 1)
-    for left, frame in ((0, frames[0]), (132, frames[len(frames) // 2]), (264, frames[-1])):
-        assert np.array_equal(sheet[14 : 14 + 128 : 2, left : left + 128 : 2], frame)
-    assert sheet.shape[0] == 8 * (128 + 14)
+    assert sheet.shape == (8 * 64, 8 * 64, 3)
+    for row, index in ((0, 1), (7, 12)):
+        frames = episodes(dataset)[index][1]["observations"].transpose(0, 2, 3, 1)
+        assert np.array_equal(sheet[row * 64 : row * 64 + 64, :64], frames[0])
+        assert np.array_equal(sheet[row * 64 : row * 64 + 64, -64:], frames[-1])
 
 
 def test_default_folder_is_named_after_game_run_and_checkpoint(starpilot, tmp_path):
@@ -199,11 +199,21 @@ def test_a_summary_is_that_of_the_episodes(capsys):
         "episodes            3, 1,020 steps, 100 steps/s",
         "mean return         4.67 +- 2.91 (standard error)",
         "median, min, max    4.00, 0.00, 10.00",
-        "normalised return   -0.067 (0 is 5, 1 is 10)",
+        "normalised return   -0.067 (0 = a return of 5, 1 = 10)",
         "mean length         340.0",
         "levels completed    33.3 %",
         "levels seen         2",
     ]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_job_with_gpus_that_pytorch_cannot_use_is_an_error(starpilot, tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    options = ["--checkpoint", str(starpilot), "--num-episodes", "1", "--no-save-dataset"]
+    process = run_main(collect_procgen, options, tmp_path)
+    assert process.returncode == 1
+    assert_one_line(process.stderr, "this job has GPUs, but PyTorch can use none of them; --no-cuda")
+    assert run_main(collect_procgen, [*options, "--no-cuda"], tmp_path).returncode == 0
 
 
 def test_levels_can_be_chosen(starpilot, tmp_path):
@@ -224,14 +234,14 @@ def test_what_a_fork_of_the_collector_plays_is_not_mixed_with_other_episodes(sta
 
     @dataclass
     class Args(collect_procgen.Args):
-        epsilon: float = 0.0
+        temperature: float = 1.0
 
     folder, plain = tmp_path / "d", collect_procgen.Args
     assert collect(folder, starpilot, "--num-episodes", "2").returncode == 0
     monkeypatch.setattr(collect_procgen, "Args", Args)
-    process = collect(folder, starpilot, "--num-episodes", "4", "--epsilon", "0.3")
+    process = collect(folder, starpilot, "--num-episodes", "4", "--temperature", "0.3")
     assert process.returncode == 2
-    assert_one_line(process.stderr, "was begun with --epsilon absent, not 0.3")
+    assert_one_line(process.stderr, "whose --temperature is None, not 0.3")
     monkeypatch.setattr(collect_procgen, "Args", plain)
     monkeypatch.setattr(collect_procgen, "SCRIPT", "collect_mine_procgen.py")
     process = collect(folder, starpilot, "--num-episodes", "4")
@@ -244,7 +254,8 @@ def test_nothing_but_episodes_stands_in_their_folder_while_a_collection_runs(sta
     """gen_dgrl's loader lists {dataset}/{env_name} and sorts it by the number after the last underscore."""
     folder = tmp_path / "d"
     command = [*SCRIPT, "--checkpoint", str(starpilot), "--dataset-saving-dir", str(folder), "--num-envs", "4"]
-    process = subprocess.Popen([*command, "--no-cuda", "--num-episodes", "16"], stdout=subprocess.DEVNULL)
+    command += ["--no-cuda", "--num-episodes", "16", "--save-interval", "0.2"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     seen = 0
     while process.poll() is None:
         names = [entry.name for entry in os.scandir(folder / "starpilot")] if (folder / "starpilot").is_dir() else []
@@ -253,4 +264,6 @@ def test_nothing_but_episodes_stands_in_their_folder_while_a_collection_runs(sta
         seen += len(names)
         time.sleep(0.001)
     assert process.returncode == 0 and seen and len(episodes(folder)) == 16
-    assert sorted(path.name for path in folder.iterdir()) == [".lock", "metadata.json", "preview.png", "starpilot"]
+    names = sorted(path.name for path in folder.iterdir())
+    assert names[:2] == [".lock", "0_00000000.npz"]
+    assert names[-4:] == ["README.md", "metadata.json", "preview.png", "starpilot"]

@@ -7,6 +7,7 @@ import shlex
 
 import numpy as np
 import pytest
+from procgen import ProcgenGym3Env
 from runs import ROOT, run_main
 
 import collect_procgen
@@ -17,7 +18,7 @@ README = (ROOT / "README.md").read_text()
 SCRIPTS = {"ppo_procgen.py": ppo_procgen, "collect_procgen.py": collect_procgen, "sweep.py": sweep}
 FLAGS = {name: {field.name for field in dataclasses.fields(module.Args)} for name, module in SCRIPTS.items()}
 ELSEWHERE = {"--dataset", "--env_name", "--capture-video", "--seed", "--python", "--help", "--device", "--json"}
-ELSEWHERE |= {"--logdir", "--flag", "--no-flag", "--nv"}  # other programs', and placeholders
+ELSEWHERE |= {"--dataset_size", "--logdir", "--flag", "--no-flag", "--nv"}  # other programs', and placeholders
 
 
 def commands():
@@ -61,22 +62,72 @@ def collected(trained, tmp_path_factory):
 
 def test_its_loaders_read_a_dataset_and_a_recording_alike(collected):
     names = {"folder": collected / "frames"}
-    exec(block("def episodes(folder)"), names)
-    assert len(names["data"]) == 5 and all(
-        end[-1] != x["truncations"][-1] for end, x in zip(names["terminals"], names["data"])
+    exec(block("def episodes(folder"), names)
+    data = names["data"]
+    assert len(data) == 5
+    assert all(end[-1] != x["truncations"][-1] for end, x in zip(names["terminals"], data))
+    from_files = {(int(x["level_seed"]), len(x["actions"])): x for x in data}
+    played = {(int(x["level_seed"]), len(x["actions"])): x for x in names["replay"](collected / "recording")}
+    assert played.keys() == from_files.keys() and len(played) == 5
+    for key, episode in played.items():
+        assert episode.keys() == from_files[key].keys()
+        assert all(np.array_equal(array, from_files[key][name]) for name, array in episode.items())
+
+
+def test_its_windows_lie_within_episodes_of_the_levels_that_are_asked_for(collected):
+    names = {"folder": collected / "frames"}
+    exec(block("def episodes(folder"), names)
+    data = names["data"]
+    some = sorted(int(x["level_seed"]) for x in data)[1:4]
+    chosen = [x for x in data if x["level_seed"] in some]
+    found = list(names["windows"](names["episodes"](collected / "frames", some), length=16))
+    assert len(found) == sum(len(x["actions"]) // 16 for x in chosen) > 0
+    starts = {x["observations"][t].tobytes(): (x, t) for x in chosen for t in range(0, len(x["actions"]), 16)}
+    for window in found:
+        episode, t = starts[window["frames"][0].transpose(2, 0, 1).tobytes()]
+        assert np.array_equal(window["frames"].transpose(0, 3, 1, 2), episode["observations"][t : t + 16])
+        assert np.array_equal(window["rewards"], episode["rewards"][t : t + 16, 0])
+    assert [set(names[part]) for part in ("TRAIN", "VALIDATION")] == [set(range(200)), set(range(200, 250))]
+
+
+# THE ACTIONS
+
+ACTION_ROWS = re.findall(r"^\| ([\w, ]+) \| ((?:\[[\d ]+\] ?)+) \|", README, re.MULTILINE)
+ACTION_GROUPS = {game: groups for games, groups in ACTION_ROWS for game in games.split(", ")}
+
+
+@pytest.mark.parametrize("env_id", collect_procgen.ENV_NAMES)
+def test_its_table_of_actions_is_true(env_id):
+    """From the same state, the actions that it calls the same give the same; the others are not always the same."""
+    groups = [{int(x) for x in group.split()} for group in re.findall(r"\[([\d ]+)\]", ACTION_GROUPS[env_id])]
+    assert sorted(action for group in groups for action in group) == list(range(15))
+    same = actions_that_are_the_same(env_id, num_states=25)
+    for group in groups:
+        assert all(same[i, j] for i in group for j in group)
+    assert not all(same[min(groups[0]), min(group)] for group in groups[1:])
+
+
+def actions_that_are_the_same(env_id, num_states):
+    """(15, 15) bool: whether two actions gave the same frames, rewards and ends, at once and in the next four steps."""
+    world, tries = (
+        ProcgenGym3Env(num, env_id, distribution_mode="easy", rand_seed=0, num_threads=0) for num in (1, 15)
     )
-    steps = list(names["replay"](collected / "recording"))
-    _, frames, actions, rewards, dones, _ = (np.concatenate(x) for x in zip(*steps))
-    assert dones.sum() == 5 and len(actions) == sum(len(x["actions"]) for x in names["data"])
-    assert rewards.sum() == pytest.approx(sum(x["rewards"].sum() for x in names["data"]))
-    drawn = sorted(frame.transpose(2, 0, 1).tobytes() for frame in frames)
-    assert drawn == sorted(frame.tobytes() for x in names["data"] for frame in x["observations"][:-1])
-    played, found = {}, []
-    for games, _, actions, _, dones, _ in steps:
-        for game, action, done in zip(games, actions, dones):
-            played.setdefault(game, []).append(int(action))
-            found += [played.pop(game)] if done else []
-    assert sorted(found) == sorted(x["actions"][:, 0].tolist() for x in names["data"])
+    rng = np.random.default_rng(0)
+    same = np.ones((15, 15), bool)
+    for _ in range(num_states):
+        for _ in range(rng.integers(1, 40)):
+            world.act(np.array([7 if rng.random() < 0.5 else rng.integers(15)], np.int32))
+        tries.set_state(world.get_state() * 15)
+        actions = np.arange(15, dtype=np.int32)
+        for _ in range(5):
+            tries.act(actions)
+            rewards, frames, first = tries.observe()
+            seen = [(frame.tobytes(), reward, end) for frame, reward, end in zip(frames["rgb"], rewards, first)]
+            same &= np.array([[one == other for other in seen] for one in seen])
+            actions = np.full(15, 4, np.int32)
+    world.close()
+    tries.close()
+    return same
 
 
 def test_a_checkpoint_is_loaded_as_it_says(trained):
