@@ -18,7 +18,9 @@ import contextlib
 import os
 import signal
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
+STOP_SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR2]
+if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it
+    STOP_SIGNALS.append(signal.SIGHUP)
 EXIT_STOPPED = 75  # EX_TEMPFAIL: run the same command again to continue
 
 
@@ -40,6 +42,7 @@ if __name__ == "__main__":  # importing PyTorch takes seconds
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import ast
+import errno
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -1061,9 +1064,10 @@ def lock_folder(folder: Path) -> filelock.FileLock:
     except filelock.Timeout:
         in_use = f"{folder} is in use by another process"
         fail(f"{in_use}; wait for it to end or choose another folder", EXIT_STOPPED if on_cluster else 1)
-    except NotImplementedError:
-        fail(f"{folder / '.lock'} cannot be locked on this file system; choose a folder on another one")
     except OSError as error:
+        if error.errno in (errno.ENOSYS, errno.EOPNOTSUPP):
+            lacks = "as its file system does not support flock"
+            fail(f"{folder / '.lock'} cannot be locked, {lacks}; choose a folder on another one")
         fail(f"{folder} cannot be written: {error.strerror}; choose another folder")
     return lock
 

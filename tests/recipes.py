@@ -11,6 +11,21 @@ from types import SimpleNamespace
 import numpy as np
 
 
+def draw_episodes(folder):
+    """Yield the episodes of a recording, drawn on the way, in the order in which they ended."""
+    import collect_procgen as collector  # in the project's folder
+
+    recording = collector.Recording(collector.Args(), Path(folder))
+    recording.read()
+    for number, segment in enumerate(recording.metadata["segments"]):
+        rows = recording.read_rows(number)
+        for row, recorded, ended in collector.play(recording.levels, segment, rows, keep_frames=True):
+            if row["checksums"] != recorded["checksums"]:
+                raise ValueError("other frames than recorded: another build of Procgen?")
+            for episode in ended:
+                yield collector.to_arrays(episode, recording.levels)
+
+
 def terminals_of(episodes):
     """Ends that are no time limits, an array (T,) bool for each episode."""
     return [episode["dones"] & ~episode["truncations"] for episode in episodes]

@@ -1,5 +1,7 @@
 """Collections that were stopped, killed, extended or met a full disk end like those that were not."""
 
+import errno
+import fcntl
 import json
 import os
 import resource
@@ -79,7 +81,8 @@ def test_a_collection_that_was_stopped_by_any_signal_ends_like_one_that_was_not(
         command = [SCRIPT[1], "--checkpoint", str(starpilot), "--dataset-saving-dir", str(folder), *options]
         return folder, check_resume.launch(command, tmp_path, "act", 200, signum).code
 
-    signals = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2, signal.SIGKILL)
+    signals = (*collect_procgen.STOP_SIGNALS, signal.SIGKILL)
+    assert len(signals) == 5
     with ThreadPoolExecutor(2) as pool:
         stopped = dict(zip(signals, pool.map(stop, signals)))
     for signum, (folder, code) in stopped.items():
@@ -400,3 +403,13 @@ def test_a_recurrent_policy_continues_beyond_a_time_limit_with_the_memory_that_i
     assert die_within(monkeypatch, "act", 700, lambda: collect(folder, *options, num_envs=2)) is None
     assert collect(folder, *options, num_envs=2).returncode == 0
     assert not same_rows(folder, tmp_path / "whole")
+
+
+def test_a_file_system_without_flock_is_refused(starpilot, tmp_path, monkeypatch):
+    def not_implemented(*_):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", not_implemented)
+    process = collect(tmp_path / "d", starpilot, "--num-episodes", "2")
+    assert process.returncode == 1
+    assert_one_line(process.stderr, ".lock cannot be locked", "does not support flock")

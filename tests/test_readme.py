@@ -7,6 +7,7 @@ import shlex
 
 import numpy as np
 import pytest
+import recipes
 from procgen import ProcgenGym3Env
 from runs import ROOT, run_main
 
@@ -14,11 +15,18 @@ import collect_procgen
 import ppo_procgen
 import sweep
 
-README = (ROOT / "README.md").read_text()
+README = "".join((ROOT / folder / "README.md").read_text() for folder in (".", "slurm", "tests"))
 SCRIPTS = {"ppo_procgen.py": ppo_procgen, "collect_procgen.py": collect_procgen, "sweep.py": sweep}
 FLAGS = {name: {field.name for field in dataclasses.fields(module.Args)} for name, module in SCRIPTS.items()}
 ELSEWHERE = {"--dataset", "--env_name", "--capture-video", "--seed", "--python", "--help", "--device", "--json"}
-ELSEWHERE |= {"--dataset_size", "--logdir", "--flag", "--no-flag", "--nv"}  # other programs', and placeholders
+ELSEWHERE |= {
+    "--dataset_size",
+    "--logdir",
+    "--flag",
+    "--no-flag",
+    "--nv",
+    "--repo-type",
+}  # other programs', and placeholders
 
 
 def commands():
@@ -63,11 +71,11 @@ def collected(trained, tmp_path_factory):
 def test_its_loaders_read_a_dataset_and_a_recording_alike(collected):
     names = {"folder": collected / "frames"}
     exec(block("def episodes(folder"), names)
-    data = names["data"]
+    data = list(names["episodes"](collected / "frames"))
     assert len(data) == 5
-    assert all(end[-1] != x["truncations"][-1] for end, x in zip(names["terminals"], data))
+    assert all(end[-1] != x["truncations"][-1] for end, x in zip(recipes.terminals_of(data), data))
     from_files = {(int(x["level_seed"]), len(x["actions"])): x for x in data}
-    played = {(int(x["level_seed"]), len(x["actions"])): x for x in names["replay"](collected / "recording")}
+    played = {(int(x["level_seed"]), len(x["actions"])): x for x in recipes.draw_episodes(collected / "recording")}
     assert played.keys() == from_files.keys() and len(played) == 5
     for key, episode in played.items():
         assert episode.keys() == from_files[key].keys()
@@ -77,7 +85,7 @@ def test_its_loaders_read_a_dataset_and_a_recording_alike(collected):
 def test_its_windows_lie_within_episodes_of_the_levels_that_are_asked_for(collected):
     names = {"folder": collected / "frames"}
     exec(block("def episodes(folder"), names)
-    data = names["data"]
+    data = list(names["episodes"](collected / "frames"))
     some = sorted(int(x["level_seed"]) for x in data)[1:4]
     chosen = [x for x in data if x["level_seed"] in some]
     found = list(names["windows"](names["episodes"](collected / "frames", some), length=16))
