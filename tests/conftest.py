@@ -2,7 +2,10 @@
 
 import os
 import shutil
+import signal
 import time
+
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup the scripts would leave it ignored, before they are imported
 
 import check_resume
 import pytest

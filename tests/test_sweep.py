@@ -744,7 +744,7 @@ def test_a_sweep_that_runs_here_is_stopped_and_goes_on_and_status_follows_it(tmp
     (run.with_name("another") / "ppo_procgen.py").rename(run.with_name("another") / "ppo_mine_procgen.py")
     for path in run.with_name("another").glob("*/*.pt"):
         torch.save({**torch.load(path, weights_only=True), "script": "ppo_mine_procgen.py"}, path)
-    grid = {"env_id": ["bossfight"], "ratio": [1.0, 0.75], "total_timesteps": [50], "num_envs": [2], "preview": [0]}
+    grid = {"env_id": ["bossfight"], "ratio": [1.0, 0.75], "total_timesteps": [50], "num_envs": [2]}
     grid = write_grid(tmp_path, grid, "collect_procgen.py", "collecting")
     _, summary, code = rows(tmp_path, grid)
     assert code == 3 and "2 not started" in summary
