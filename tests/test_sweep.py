@@ -19,6 +19,7 @@ import sys
 import time
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import filelock
 import numpy as np
@@ -1273,7 +1274,7 @@ def test_asking_for_the_status_does_not_get_in_the_way_of_a_run_that_starts(tmp_
         assert sweep.state_of(tmp_path, done=False, started=True) == "stopped"  # it is no run that holds it
         if module is ppo_procgen:
             args = ppo_procgen.Args(model_saving_dir=str(tmp_path.parent), env_id=tmp_path.name, xpid=".")
-            ppo_procgen.Run(args, {}, 1, None).lock()
+            ppo_procgen.Run(args, SimpleNamespace(device=torch.device("cpu")), 1).lock()
         else:
             levels = {"env_id": "maze", "distribution_mode": "easy", "start_level": 0, "num_levels": 200}
             made_with = {**levels, "kind": "recording"}
