@@ -85,33 +85,25 @@ class Args:
     sbatch_arg: Repeated = ()  # slurm: any other option of sbatch, such as mail-type=END
 
 
-SBATCH_OPTIONS = (
-    "partition", "account", "qos", "constraint", "time", "mem", "cpus_per_task", "gpus_per_task", "dependency",
-)  # fmt: skip
+SBATCH_OPTIONS = "partition account qos constraint time mem cpus_per_task gpus_per_task dependency".split()
+SLURM_FLAGS = "submit runs_per_task side_by_side max_parallel max_restarts max_array_size template setup".split()
 FLAGS_OF_ACTION = {  # a flag that is not listed fits every action
-    "print": ("only_missing",),
-    "save": ("only_missing", "output"),
-    "local": ("only_missing", "workers", "gpus", "job_name"),
-    "slurm": (
-        "only_missing", "job_name", "submit", "runs_per_task", "side_by_side", "max_parallel", "max_restarts",
-        "max_array_size", "template", "setup", "sbatch_arg", *SBATCH_OPTIONS,
-    ),
-    "status": ("verbose", "csv"),
-    "plot": ("output", "reference"),
-}  # fmt: skip
-SMALLEST = {
-    "num_trials": 1, "start_index": 0, "num_samples": 1, "workers": 1, "runs_per_task": 1, "side_by_side": 1,
-    "max_parallel": 1, "max_restarts": 0, "max_array_size": 2, "cpus_per_task": 1,
-}  # fmt: skip
+    "print": ["only_missing"],
+    "save": ["only_missing", "output"],
+    "local": ["only_missing", "workers", "gpus", "job_name"],
+    "slurm": ["only_missing", "job_name", "sbatch_arg", *SLURM_FLAGS, *SBATCH_OPTIONS],
+    "status": ["verbose", "csv"],
+    "plot": ["output", "reference"],
+}
+MAY_BE_ZERO = ("start_index", "sample_seed", "max_restarts")  # other whole numbers are at least 1
 PLAIN_TYPES = ("int", "float", "bool", "str")  # that a grid can set
-# Arguments that every name of a run has, and what precedes their values.
-SHORT_NAMES = {
-    "learning_rate": "lr", "update_epochs": "epoch", "num_minibatches": "mb", "vf_coef": "v", "ent_coef": "ha",
+# Arguments that every name of a run has, and what precedes their values. "script" is the name of its file.
+IN_EVERY_NAME = {
+    "env_id": "", "distribution_mode": "", "num_levels": "", "script": "", "learning_rate": "lr",
+    "update_epochs": "epoch", "num_minibatches": "mb", "vf_coef": "v", "ent_coef": "ha",
 }  # fmt: skip
 # The arguments that decide where collect_procgen.py writes.
-DATASET_ARGUMENTS = (
-    "env_id", "ratio", "ratio_checkpoint_dir", "ratio_dataset_dir", "checkpoint", "dataset_saving_dir",
-)  # fmt: skip
+DATASET_ARGUMENTS = "env_id ratio ratio_checkpoint_dir ratio_dataset_dir checkpoint dataset_saving_dir".split()
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 DAMAGE = (OSError, ValueError, ArithmeticError, LookupError, TypeError, AttributeError, csv.Error)  # by a bad file
 EXIT_STOPPED = 75  # of a script that was stopped by a signal with everything saved
@@ -133,12 +125,6 @@ RANGES = {
     },
 }  # fmt: skip
 GAMES = tuple(RANGES["easy"])
-# All games have the modes easy and hard. These have more.
-EXTRA_MODES = {
-    "extreme": ("chaser", "dodgeball", "leaper", "starpilot"),
-    "memory": ("caveflyer", "dodgeball", "heist", "jumper", "maze", "miner"),
-    "exploration": ("caveflyer", "climber", "coinrun", "heist", "jumper", "leaper", "maze", "ninja"),
-}
 
 
 class Script(NamedTuple):
@@ -146,7 +132,8 @@ class Script(NamedTuple):
     annotations: dict  # {argument: annotation}, as its source has them
     defaults: dict  # {argument: default}, None if it is computed
     computed: list  # arguments whose default is not a constant
-    free: tuple  # arguments that do not affect the result: a run's name has them only if they are swept
+    free: tuple  # FREE_ARGUMENTS, which do not affect the result: a run's name has them only if they are swept
+    extra_modes: dict | None  # EXTRA_MODES of Procgen's games, {mode: games}; None in a script for other games
 
 
 class Run(NamedTuple):
@@ -189,20 +176,18 @@ def check_args(args: Args) -> None:
 
     require(args.action in FLAGS_OF_ACTION, "action", f"one of {', '.join(FLAGS_OF_ACTION)}")
     for field in fields(Args):
+        value = getattr(args, field.name)
         actions = [action for action, flags in FLAGS_OF_ACTION.items() if field.name in flags]
-        is_fitting = not actions or args.action in actions or getattr(args, field.name) == field.default
+        is_fitting = not actions or args.action in actions or value == field.default
         require(is_fitting, field.name, f"left out here: it is for --action {' and '.join(actions)}")
-    for name, smallest in SMALLEST.items():
-        value = getattr(args, name)
-        require(value is None or value >= smallest, name, f"at least {smallest}")
-    if args.job_name is not None:
-        require(re.fullmatch(r"\w[\w.+-]*", args.job_name), "job_name", "letters, digits and .+-_")
-    if args.gpus is not None:
-        require(re.fullmatch(r"[\w/-]+(,[\w/-]+)*", args.gpus), "gpus", "numbers, such as 0,1,2")
-    if args.time is not None:
-        # SIGUSR2 comes two minutes before the limit, and a script needs time to start.
-        is_short = 0 < minutes_of(args.time) < 5
-        require(not is_short, "time", "at least 5 minutes, or the warning comes as the run starts")
+        if type(value) is int:
+            smallest = 0 if field.name in MAY_BE_ZERO else 1
+            require(value >= smallest, field.name, f"at least {smallest}")
+    require(re.fullmatch(r"\w[\w.+-]*", args.job_name or "_"), "job_name", "letters, digits and .+-_")
+    require(re.fullmatch(r"[\w/-]+(,[\w/-]+)*", args.gpus or "0"), "gpus", "numbers, such as 0,1,2")
+    # Minutes, minutes:seconds or hours:minutes:seconds, below five minutes; 0 is no limit.
+    is_short = re.fullmatch(r"(0+:)?0*[0-4](:\d+)?", args.time or "") and re.search("[1-9]", args.time)
+    require(not is_short, "time", "at least 5 minutes, as SIGUSR2 comes two minutes before the limit")
     if args.python is not None:
         try:
             words = shlex.split(args.python)
@@ -212,27 +197,11 @@ def check_args(args: Args) -> None:
         require(is_found, "python", "a command that can be found, such as python or 'nice -n 19 python'")
 
 
-def minutes_of(limit: str) -> float:
-    """Minutes of one of sbatch's time limits, or 0 if it is unlimited or sbatch does not know it either."""
-    days, dash, rest = limit.rpartition("-")
-    try:
-        days = int(days or 0)
-        numbers = [int(number) for number in rest.split(":")]
-    except ValueError:
-        return 0
-    units = (60, 1, 1 / 60)
-    if not dash and len(numbers) < 3:  # minutes or minutes:seconds
-        units = (1, 1 / 60)
-    return days * 1440 + sum(number * unit for number, unit in zip(numbers, units))
-
-
 def read_file(path: Path, name: str) -> str:
     try:
         return path.read_text("utf-8")
-    except OSError as error:
-        fail(f"{name} {path} cannot be read: {error.strerror}", 2)
-    except UnicodeDecodeError:
-        fail(f"{name} {path} cannot be read: it is not text", 2)
+    except (OSError, UnicodeDecodeError) as error:
+        fail(f"{name} {path} cannot be read: {getattr(error, 'strerror', 'it is not text')}", 2)
 
 
 def write_file(path: Path, content: str) -> None:
@@ -258,7 +227,7 @@ def did_you_mean(word: str, known) -> str:
 
 
 def read_script(path: Path) -> Script:
-    """Read the class Args and FREE_ARGUMENTS in a script's source. The script is not run."""
+    """Read the class Args and some constants in a script's source. The script is not run."""
     try:
         tree = ast.parse(read_file(path, "the grid's script"), str(path))
     except (ValueError, SyntaxError) as error:
@@ -284,18 +253,17 @@ def read_script(path: Path) -> Script:
             defaults[name] = as_annotated(ast.literal_eval(node.value), annotations[name])
         except (ValueError, TypeError):  # TypeError: there is none
             computed.append(name)
-    constants = {"FREE_ARGUMENTS": ("resume",), "AGENT_OF": None}
+    constants = {"FREE_ARGUMENTS": ("resume",), "EXTRA_MODES": None, "AGENT_OF": None}
     for node in tree.body:
-        if isinstance(node, (ast.Assign, ast.AugAssign)):
-            target = ast.unparse(node.targets[0] if isinstance(node, ast.Assign) else node.target)
-            if target in constants:
-                try:
-                    constants[target] = ast.literal_eval(node if isinstance(node, ast.AugAssign) else node.value)
-                except ValueError:  # of an AugAssign, too
-                    fail(f"the grid's script {path}: {target} must be written out in one piece", 2)
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) in constants:
+            name = ast.unparse(node.targets[0])
+            try:
+                constants[name] = ast.literal_eval(node.value)
+            except ValueError:
+                fail(f"the grid's script {path}: {name} must be written out in one piece", 2)
     if "agent_from" in defaults:
         defaults["agent_from"] = constants["AGENT_OF"]
-    return Script(path, annotations, defaults, computed, constants["FREE_ARGUMENTS"])
+    return Script(path, annotations, defaults, computed, constants["FREE_ARGUMENTS"], constants["EXTRA_MODES"])
 
 
 def as_annotated(value, annotation: str):
@@ -330,9 +298,8 @@ def read_grid(path: Path) -> tuple:
     grid = content["grid"]
     for name, values in grid.items():
         if name not in script.annotations:
-            known = ", ".join(script.annotations)
             hint = did_you_mean(name, script.annotations)
-            fail(f"{path}: {script.path} has no argument {name!r}{hint}; it has {known}", 2)
+            fail(f"{path}: {script.path} has no argument {name!r}{hint}; it has {', '.join(script.annotations)}", 2)
         if not isinstance(values, list) or not values:
             fail(f"{path}: {name!r} is {json.dumps(values)}; it must be a list of one or more values", 2)
         annotation = script.annotations[name]
@@ -366,11 +333,11 @@ def read_value(path: Path, name: str, value, annotation: str):
 def check_game(path: Path, script: Script, settings: dict) -> None:
     """Exit with code 2 and one line if Procgen does not have this game, or the game not this mode."""
     env_id, mode = settings.get("env_id"), settings.get("distribution_mode")
-    if env_id is None or script.defaults["env_id"] not in (None, *GAMES):
-        return  # a script for other games
+    if env_id is None or script.extra_modes is None:
+        return
     if env_id not in GAMES:
         fail(f"{path}: 'env_id' is {env_id!r}{did_you_mean(env_id, GAMES)}; the games are {', '.join(GAMES)}", 2)
-    modes = ["easy", "hard"] + [extra for extra, games in EXTRA_MODES.items() if env_id in games]
+    modes = ["easy", "hard"] + [extra for extra, games in script.extra_modes.items() if env_id in games]
     if mode not in (None, *modes):
         fail(f"{path}: 'distribution_mode' is {mode!r}; it must be one of {', '.join(modes)} for {env_id}", 2)
 
@@ -381,10 +348,8 @@ def argument_words(name: str, value, annotation: str) -> str:
         return ""
     if annotation == "bool":
         return flag(name) if value else flag(f"no_{name}")
-    word = shlex.quote(str(value))
-    if str(value).startswith("-"):
-        return f"{flag(name)}={word}"
-    return f"{flag(name)} {word}"
+    separator = "=" if str(value).startswith("-") else " "
+    return f"{flag(name)}{separator}{shlex.quote(str(value))}"
 
 
 @functools.cache
@@ -398,21 +363,16 @@ def checkpoint_name(path: str) -> str:
 
 
 def run_name(script: Script, settings: dict, swept: list) -> str:
-    """A run's name without its seed: the script's default one, and the free arguments that are swept.
-
-    It depends on the run alone, not on the rest of the grid: an argument is in it if it differs from its default.
-    """
+    """A run's name without its seed. It depends on the run alone, not on the rest of the grid."""
     words = [settings["xpid"]]
     others = swept
     if settings["xpid"] is None:
-        words = [settings[name] for name in ("env_id", "distribution_mode", "num_levels") if name in settings]
-        words.append(script.path.stem.removesuffix("_procgen"))
-        words += [f"{short}{settings[name]}" for name, short in SHORT_NAMES.items() if name in settings]
+        values = {**settings, "script": script.path.stem.removesuffix("_procgen")}
+        words = [f"{short}{values[name]}" for name, short in IN_EVERY_NAME.items() if name in values]
         others = []
         for name, default in script.defaults.items():
-            is_named = name in ("env_id", "distribution_mode", "num_levels", *SHORT_NAMES)
             is_free = name in script.free and name not in swept
-            if settings[name] != default and not is_named and not is_free:
+            if settings[name] != default and name not in IN_EVERY_NAME and not is_free:
                 others.append(name)
     for name in others:
         if name == "checkpoint" and settings[name] is not None:
@@ -491,10 +451,7 @@ def expand(args: Args, path: Path) -> list:
             name = folder = f"{path.stem}_{len(runs) + 1}"
             shared = "the same " + ", ".join(DATASET_ARGUMENTS)
             if has_xpid:
-                name = f"{xpid}_{seed}"
-                if len(name) > 200:  # quoted, so that a character is a byte
-                    fail(f'{path}: the xpid {name} has more than 200 bytes; give the grid one, "xpid": ["short"]', 2)
-                run_settings["xpid"] = name
+                name = run_settings["xpid"] = f"{xpid}_{seed}"
                 run_words.append(argument_words("xpid", name, "str"))
                 folder = (settings.get("env_id"), name)
                 shared = f"the xpid {name}"
@@ -513,34 +470,25 @@ def expand(args: Args, path: Path) -> list:
 
 def state_of(folder: Path, done: bool, started: bool) -> str:
     """One of STATES. The scripts wait a second for the lock of their folder, so asking does not get in their way."""
-    lock = folder / ".lock"
     try:
-        with open(lock) as file:
+        with open(folder / ".lock") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # released as the file is closed
     except BlockingIOError:
         return "done" if done else "running"
     except FileNotFoundError:
         pass
-    except OSError as error:
-        if error.filename is not None:  # open() failed
-            raise
-        why = f"its file system has no flock ({error.strerror}), so it is not known which runs are running"
-        fail(f"{lock} cannot be locked: {why}; put the runs on another file system")
     if done:
         return "done"
     return "stopped" if started else "not started"
 
 
 def read_curves(table: Path) -> np.ndarray:
-    """A row of steps, training return and test return (nan if none was measured) for each row of a progress.csv.
-
-    An unfinished last line, as a crash can leave one, and blank lines are left out.
-    """
+    """A row of steps, training return and test return, nan if unknown, for each whole row of a progress.csv."""
     try:
         text = table.read_text("utf-8")
     except FileNotFoundError:
         text = ""
-    lines = text[: text.rfind("\n") + 1].splitlines()
+    lines = text[: text.rfind("\n") + 1].splitlines()  # a crash can leave an unfinished one
     rows = []
     for row in csv.DictReader(filter(str.strip, lines)):
         rows.append([float(row[name]) for name in ("global_step", "charts/episodic_return", "charts/test_return")])
@@ -619,8 +567,7 @@ def require_known_paths(settings: dict) -> None:
         needed = ["env_id", "ratio_checkpoint_dir", "ratio_dataset_dir", "total_timesteps"]
     unknown = [name for name in needed if not settings.get(name)]
     if unknown:
-        why = "neither grid nor script says it plainly"
-        fail(f"status, plot and --only-missing need {', '.join(unknown)}: {why}", 2)
+        fail(f"status, plot and --only-missing need {', '.join(unknown)} from the grid or as a constant default", 2)
 
 
 def arguments_of(command: str) -> str:
@@ -642,24 +589,21 @@ def commands_here() -> set:
     return found - {""}
 
 
-def read_progress(run: Run) -> Progress:
-    """What the files of a run say."""
+def read_progress(run: Run, commands: set = frozenset()) -> Progress:
+    """What the files of a run say, and the arguments of the processes of this machine."""
     try:
-        if "xpid" in run.settings:
-            return training_progress(run.settings)
-        return collection_progress(run.settings)
+        is_training = "xpid" in run.settings
+        progress = training_progress(run.settings) if is_training else collection_progress(run.settings)
     except DAMAGE as error:
-        return Progress("damaged", reason=f"{type(error).__name__}: {error}")
+        return Progress("damaged", reason=f" ({type(error).__name__}: {error})")
+    if progress.state in ("stopped", "not started") and arguments_of(run.command) in commands:
+        return progress._replace(state="running")
+    return progress
 
 
 def progress_of(runs: list) -> list:
-    """The Progress of each run, from its files and from the processes of this machine."""
     commands = commands_here()
-    progress = [read_progress(run) for run in runs]
-    for i, run in enumerate(runs):
-        if progress[i].state in ("stopped", "not started") and arguments_of(run.command) in commands:
-            progress[i] = progress[i]._replace(state="running")
-    return progress
+    return [read_progress(run, commands) for run in runs]
 
 
 def nan_mean(values) -> float:
@@ -670,10 +614,7 @@ def nan_mean(values) -> float:
 
 
 def summarise(runs: list, progress: list) -> tuple:
-    """A row per configuration, as a dict, and the normalised test returns of each method, {method: {game: returns}}.
-
-    The latest returns are means over all seeds; final ones, and the normalised one, are over the seeds that are done.
-    """
+    """A row per configuration, as a dict, and the normalised returns of finished runs, {method: {game: returns}}."""
     configurations = {}
     for run, seed in zip(runs, progress):
         configurations.setdefault((run.method, run.configuration), []).append(seed)
@@ -701,16 +642,13 @@ def summarise(runs: list, progress: list) -> tuple:
 
 
 def interquartile_mean(games: dict) -> str:
-    """The mean of the middle half of all runs, given as {game: normalised returns}, and how certain it is.
-
-    Agarwal et al. 2021: a percentile bootstrap that draws the seeds of each game anew.
-    """
+    """The mean of the middle half of {game: normalised returns}, and how certain it is, by Agarwal et al. 2021."""
 
     def iqm(returns):  # along the last axis
         cut = returns.shape[-1] // 4
         return np.sort(returns)[..., cut : returns.shape[-1] - cut].mean(-1)
 
-    generator = np.random.default_rng(0)
+    generator = np.random.default_rng(0)  # a percentile bootstrap that draws the seeds of each game anew
     resampled = [generator.choice(returns, (10_000, len(returns))) for returns in games.values()]
     low, high = np.percentile(iqm(np.concatenate(resampled, axis=1)), [2.5, 97.5])
     interval = f"95 % interval {low:.2f} to {high:.2f}"
@@ -731,11 +669,8 @@ def write_csv(path: Path, rows: list) -> None:
 
 def last_log_line(log: Path) -> str:
     """A log and the last line in it that a command has written."""
-    last = ""
-    for line in log.read_text("utf-8", "replace").splitlines():
-        if line.strip() and not line.startswith("== "):
-            last = line.strip()
-    return f"{log}: {last}"
+    lines = re.findall(r"^(?!== ).*\S", log.read_text("utf-8", "replace"), re.MULTILINE)
+    return f"{log}: {lines[-1].strip() if lines else ''}"
 
 
 def newest_logs() -> dict:
@@ -755,9 +690,7 @@ def print_unfinished(runs: list, progress: list) -> None:
         if state == "done":
             continue
         arguments = arguments_of(run.command)
-        words = [f"{run.name}: {state}"]
-        if reason:
-            words[0] += f" ({reason})"
+        words = [f"{run.name}: {state}{reason}"]
         if arguments in tasks:
             words.append(f"Slurm task {tasks[arguments]}")
         words.append(last_log_line(logs[arguments]) if arguments in logs else "no log")
@@ -835,10 +768,7 @@ def draw(axes, steps: np.ndarray, returns: np.ndarray, linewidth: float, **style
 
 
 def read_reference(path: Path) -> dict:
-    """The runs of a CSV file with the columns game, levels (train or test), steps and a return each in run0, run1, ...
-
-    Returns {levels: {game: [(steps, lowest return, highest return), ...]}}.
-    """
+    """Published runs from a CSV file: {levels: {game: [(steps, lowest return, highest return), ...]}}."""
     bands = {"train": {}, "test": {}}
     try:
         with open(path, newline="") as file:
@@ -893,10 +823,7 @@ def add_legend(figure, colors: dict, has_seeds: bool, has_reference: bool) -> No
 
 
 def plot(runs: list, output: Path, reference: dict) -> None:
-    """Draw a panel per game and a line per method, and write status's table to a .csv file of the same name.
-
-    reference is read_reference()'s, or empty.
-    """
+    """Draw a panel per game and a line per method, and write status's table to a .csv file of the same name."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -964,11 +891,10 @@ def say(message: str) -> None:
 
 def gpus_here(args: Args) -> list:
     """The GPUs to deal out to the workers, or an empty list to leave CUDA_VISIBLE_DEVICES alone."""
-    if args.gpus is not None:
-        return args.gpus.split(",")
-    if "CUDA_VISIBLE_DEVICES" in os.environ:
-        return [gpu for gpu in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if gpu]
-    return re.findall(r"^GPU (\d+):", output_of("nvidia-smi", "-L"), re.MULTILINE)
+    listed = args.gpus or os.environ.get("CUDA_VISIBLE_DEVICES")
+    if listed is None:
+        return re.findall(r"^GPU (\d+):", output_of("nvidia-smi", "-L"), re.MULTILINE)
+    return [gpu for gpu in listed.split(",") if gpu]
 
 
 def output_of(*command) -> str:
@@ -977,10 +903,6 @@ def output_of(*command) -> str:
         return subprocess.run(command, capture_output=True, text=True, timeout=60).stdout
     except (OSError, subprocess.TimeoutExpired):
         return ""
-
-
-def is_in_use(run: Run) -> bool:
-    return progress_of([run])[0].state == "running"
 
 
 def start_command(run: Run, log: Path, environment: dict) -> subprocess.Popen:
@@ -997,18 +919,15 @@ def outcome_of(run: Run, code: int, stopping: bool) -> str:
         return "done"
     if code == EXIT_STOPPED or (stopping and code in (-signal.SIGTERM, 128 + signal.SIGTERM)):
         return "stopped"
-    return "in use" if is_in_use(run) else "failed"
+    return "in use" if progress_of([run])[0].state == "running" else "failed"
 
 
 def run_local(args: Args, runs: list) -> int:
-    """Run the commands here, each with a log. A signal stops them with SIGTERM, so that they save.
-
-    Returns the exit code.
-    """
+    """Run the commands here, each with a log. A signal stops them with SIGTERM. Returns the exit code."""
     folder = Path("logs", args.job_name)
     folder.mkdir(parents=True, exist_ok=True)
-    cores = len(os.sched_getaffinity(0))
-    environment = {"OMP_NUM_THREADS": str(max(1, cores // args.workers)), **os.environ}
+    threads = max(1, len(os.sched_getaffinity(0)) // args.workers)
+    environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
     gpus = gpus_here(args)
     stop_signals = []
     for signum in STOP_SIGNALS:
@@ -1031,7 +950,7 @@ def run_local(args: Args, runs: list) -> int:
             if worker in active or not waiting or stop_signals:
                 continue
             run = waiting.pop()
-            if is_in_use(run):
+            if progress_of([run])[0].state == "running":
                 counts["in use"] += 1
                 say(f"{run.name} is in use by another process, so it is not started")
                 continue
@@ -1083,7 +1002,7 @@ def run_local(args: Args, runs: list) -> int:
 def ask_max_array_size() -> int:
     """MaxArraySize of the cluster at hand; Slurm's default where there is none."""
     match = re.search(r"MaxArraySize\s*=\s*(\d+)", output_of("scontrol", "show", "config"))
-    return max(2, int(match[1])) if match else 1001
+    return int(match[1]) if match else 1001
 
 
 def split_tasks(num_tasks: int, max_array_size: int, max_parallel: int | None) -> list:
@@ -1099,16 +1018,15 @@ def split_tasks(num_tasks: int, max_array_size: int, max_parallel: int | None) -
 
 def write_sbatch(args: Args, runs: list) -> list:
     """Write slurm/generated/{job_name}/: commands.txt, logs/ and the sbatch files, whose paths are returned."""
-    folder, here = Path("slurm", "generated", args.job_name), os.getcwd()
-    if re.search(rf'["%\\]|{UNSAFE}', here):
-        fail(f'the current folder is {here!r}; sbatch takes none with ", %, \\ or a line end in its name', 2)
+    folder = Path("slurm", "generated", args.job_name)
     commands = "".join(f"{run.command}\n" for run in runs)
     existing = folder / "commands.txt"
     if existing.exists() and existing.read_bytes() != commands.encode():
         another = f"{args.job_name}_{time.strftime('%m%d_%H%M')}"
         fail(f"{existing} has other commands, which queued tasks still read; give --job-name {another}", 2)
     num_tasks = math.ceil(len(runs) / args.runs_per_task)
-    arrays = split_tasks(num_tasks, args.max_array_size or ask_max_array_size(), args.max_parallel)
+    max_array_size = max(2, args.max_array_size or ask_max_array_size())
+    arrays = split_tasks(num_tasks, max_array_size, args.max_parallel)
     if args.max_parallel is not None and args.max_parallel < len(arrays):
         fail(f"--max-parallel is {args.max_parallel}; it must be at least {len(arrays)}, one for each array file", 2)
     template = read_file(resolve_path(args.template), "--template")
@@ -1120,41 +1038,30 @@ def write_sbatch(args: Args, runs: list) -> list:
         name, equals, value = option.partition("=")
         name = name if name.startswith("-") else f"--{name}"
         options.append(f'{name}="{value}"' if equals else name)
-    values = {
-        "job_name": args.job_name,
-        "folder": folder,
-        "working_dir": here,
-        "options": "\n".join(f"#SBATCH {option}" for option in options),
-        "setup": "\n".join(args.setup),
-        "runs_per_task": args.runs_per_task,
-        "side_by_side": min(args.side_by_side or args.runs_per_task, args.runs_per_task),
-        "max_restarts": args.max_restarts,
-        "array": None,  # these three differ from file to file
-        "offset": None,
-        "file": None,
-    }
+    values = {**vars(args), "folder": folder, "working_dir": os.getcwd(), "array": None, "offset": None, "file": None}
+    values["options"] = "\n".join(f"#SBATCH {option}" for option in options)
+    values["setup"] = "\n".join(args.setup)
+    values["side_by_side"] = min(args.side_by_side or args.runs_per_task, args.runs_per_task)
     placeholders = set(re.findall(r"{{\s*(\w+)\s*}}", template))
     unknown = placeholders - values.keys() or {"array"} - placeholders
     if unknown:
-        known = f"there are {', '.join(values)}, and array must be there"
-        fail(f"--template {args.template}: look at {{{{{unknown.pop()}}}}}; {known}", 2)
-    files = {}
+        wanted = "it must have array, and names that slurm/array.sbatch.template has"
+        fail(f"--template {args.template}: look at {{{{{unknown.pop()}}}}}; {wanted}", 2)
+
+    write_file(folder / "commands.txt", commands)
+    write_file(folder / "logs" / ".keep", "")  # sbatch does not make the folder
+    submit_all = "#!/bin/sh\n# Submits all of this sweep's arrays.\nset -e\nunset SLURM_RESTART_COUNT\n"
+    paths = []
     for i, (offset, size, share) in enumerate(arrays, 1):
         path = folder / ("array.sbatch" if len(arrays) == 1 else f"array_{i}.sbatch")
         values["array"] = f"1-{size}" if share is None else f"1-{size}%{share}"
         values["offset"] = offset
         values["file"] = path
-        files[path] = re.sub(r"{{\s*(\w+)\s*}}", lambda match: str(values[match[1]]), template)
-    for leftover in set(folder.glob("array*.sbatch")) - files.keys():  # an earlier call made more files
-        leftover.unlink()
-    write_file(folder / "commands.txt", commands)
-    write_file(folder / "logs" / ".keep", "")  # sbatch does not make the folder
-    for path, content in files.items():
-        write_file(path, content)
-    submit_all = "".join(f"sbatch {shlex.quote(str(path.absolute()))}\n" for path in files)
-    start = "#!/bin/sh\n# Submits all of this sweep's arrays.\nset -e\nunset SLURM_RESTART_COUNT\n"
-    write_file(folder / "submit_all.sh", start + submit_all)
-    return list(files)
+        write_file(path, re.sub(r"{{\s*(\w+)\s*}}", lambda match: str(values[match[1]]), template))
+        submit_all += f"sbatch {shlex.quote(str(path.absolute()))}\n"
+        paths.append(path)
+    write_file(folder / "submit_all.sh", submit_all)
+    return paths
 
 
 def submit(paths: list) -> None:
@@ -1163,9 +1070,8 @@ def submit(paths: list) -> None:
         result = subprocess.run(["sbatch", "--parsable", path], capture_output=True, text=True)
         if result.returncode:
             message = f"sbatch {path} failed: {' '.join(result.stderr.split())}"
-            if re.search("MaxSubmit|job submit limit", result.stderr):
-                message += ". You may queue only so many tasks (MaxSubmitJobs): wait until some have ended"
-                message += ", or have fewer with --runs-per-task"
+            if re.search("MaxSubmit|job submit limit", result.stderr):  # the number of tasks that a user may queue
+                message += ". For MaxSubmitJobs, wait until some have ended, or have fewer with --runs-per-task"
             rest = " && ".join(f"sbatch {path}" for path in paths[i:])
             fail(f"{message}. To submit what is left: {rest}")
         print(f"submitted {path} as job {result.stdout.strip().split(';')[0]}; logs in {path.parent}/logs/", flush=True)
@@ -1213,7 +1119,7 @@ def main() -> int:
     args.action = args.action.lower()  # gen_dgrl's are in capitals
     check_args(args)
     path = Path(args.grid_config)
-    if path.suffix != ".json" and not os.path.isfile(path):
+    if path.suffix != ".json" and not path.is_file():
         path = resolve_path(f"grids/{args.grid_config}.json")
     args.job_name = args.job_name or re.sub(r"[^\w.+-]", "_", path.stem)
     runs = expand(args, path)
@@ -1226,8 +1132,7 @@ def main() -> int:
         plot(runs, Path(args.output or f"{path.stem}.png"), reference)
         return 0
     if args.only_missing:
-        states = [progress.state for progress in progress_of(runs)]
-        runs = [run for run, state in zip(runs, states) if state not in ("done", "running")]
+        runs = [run for run, seed in zip(runs, progress_of(runs)) if seed.state not in ("done", "running")]
     if args.action == "print":
         for run in runs:
             print(run.command)
