@@ -15,7 +15,6 @@ Exit codes: 0 done, 1 failed, 2 bad arguments or a bad grid, 3 (status) not ever
 import ast
 import csv
 import difflib
-import errno
 import fcntl
 import functools
 import hashlib
@@ -86,41 +85,27 @@ class Args:
     sbatch_arg: Repeated = ()  # slurm: any other option of sbatch, such as mail-type=END
 
 
-SBATCH_OPTIONS = (
-    "partition", "account", "qos", "constraint", "time", "mem", "cpus_per_task", "gpus_per_task", "dependency",
-)  # fmt: skip
+SBATCH_OPTIONS = "partition account qos constraint time mem cpus_per_task gpus_per_task dependency".split()
+SLURM_FLAGS = "submit runs_per_task side_by_side max_parallel max_restarts max_array_size template setup".split()
 FLAGS_OF_ACTION = {  # a flag that is not listed fits every action
-    "print": ("only_missing",),
-    "save": ("only_missing", "output"),
-    "local": ("only_missing", "workers", "gpus", "job_name"),
-    "slurm": (
-        "only_missing", "job_name", "submit", "runs_per_task", "side_by_side", "max_parallel", "max_restarts",
-        "max_array_size", "template", "setup", "sbatch_arg", *SBATCH_OPTIONS,
-    ),
-    "status": ("verbose", "csv"),
-    "plot": ("output", "reference"),
-}  # fmt: skip
-SMALLEST = {
-    "num_trials": 1, "start_index": 0, "num_samples": 1, "workers": 1, "runs_per_task": 1, "side_by_side": 1,
-    "max_parallel": 1, "max_restarts": 0, "max_array_size": 2, "cpus_per_task": 1,
-}  # fmt: skip
-# The annotations of a script's arguments that a grid can set, each also with " | None", and the types of their values.
-TYPES = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}
-# Arguments that every name of a run has, and what precedes their values.
-SHORT_NAMES = {
-    "learning_rate": "lr", "update_epochs": "epoch", "num_minibatches": "mb", "vf_coef": "v", "ent_coef": "ha",
-}  # fmt: skip
-# gen_dgrl's names of arguments.
-GEN_DGRL_NAMES = {
-    "env_name": "env_id", "num_processes": "num_envs", "num_env_steps": "total_timesteps", "ppo_epoch": "update_epochs",
-    "num_mini_batch": "num_minibatches", "clip_param": "clip_coef", "entropy_coef": "ent_coef", "lr": "learning_rate",
-    "value_loss_coef": "vf_coef", "eps": "adam_eps", "checkpoint_path": "checkpoint", "log_wandb": "track",
+    "print": ["only_missing"],
+    "save": ["only_missing", "output"],
+    "local": ["only_missing", "workers", "gpus", "job_name"],
+    "slurm": ["only_missing", "job_name", "sbatch_arg", *SLURM_FLAGS, *SBATCH_OPTIONS],
+    "status": ["verbose", "csv"],
+    "plot": ["output", "reference"],
+}
+MAY_BE_ZERO = ("start_index", "sample_seed", "max_restarts")  # other whole numbers are at least 1
+PLAIN_TYPES = ("int", "float", "bool", "str")  # that a grid can set
+# Arguments that every name of a run has, and what precedes their values. "script" is the name of its file.
+IN_EVERY_NAME = {
+    "env_id": "", "distribution_mode": "", "num_levels": "", "script": "", "learning_rate": "lr",
+    "update_epochs": "epoch", "num_minibatches": "mb", "vf_coef": "v", "ent_coef": "ha",
 }  # fmt: skip
 # The arguments that decide where collect_procgen.py writes.
-DATASET_ARGUMENTS = (
-    "env_id", "ratio", "ratio_checkpoint_dir", "ratio_dataset_dir", "checkpoint", "dataset_saving_dir",
-)  # fmt: skip
+DATASET_ARGUMENTS = "env_id ratio ratio_checkpoint_dir ratio_dataset_dir checkpoint dataset_saving_dir".split()
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+DAMAGE = (OSError, ValueError, ArithmeticError, LookupError, TypeError, AttributeError, csv.Error)  # by a bad file
 EXIT_STOPPED = 75  # of a script that was stopped by a signal with everything saved
 UNSAFE = "[\0-\x1f\x7f-\x9f\ud800-\udfff]"  # control characters, and halves of surrogate pairs
 HERE = Path(__file__).parent
@@ -140,26 +125,15 @@ RANGES = {
     },
 }  # fmt: skip
 GAMES = tuple(RANGES["easy"])
-# All games have the modes easy and hard. These have more.
-EXTRA_MODES = {
-    "extreme": ("chaser", "dodgeball", "leaper", "starpilot"),
-    "memory": ("caveflyer", "dodgeball", "heist", "jumper", "maze", "miner"),
-    "exploration": ("caveflyer", "climber", "coinrun", "heist", "jumper", "leaper", "maze", "ninja"),
-}
-
-
-class Argument(NamedTuple):
-    """A field of a script's class Args, as its source has it."""
-
-    annotation: str
-    default: object  # None if it is computed
-    is_constant: bool
 
 
 class Script(NamedTuple):
     path: Path
-    arguments: dict  # {name: Argument}
-    free: tuple  # arguments that do not affect the result: a run's name has them only if they are swept
+    annotations: dict  # {argument: annotation}, as its source has them
+    defaults: dict  # {argument: default}, None if it is computed
+    computed: list  # arguments whose default is not a constant
+    free: tuple  # FREE_ARGUMENTS, which do not affect the result: a run's name has them only if they are swept
+    extra_modes: dict | None  # EXTRA_MODES of Procgen's games, {mode: games}; None in a script for other games
 
 
 class Run(NamedTuple):
@@ -202,60 +176,32 @@ def check_args(args: Args) -> None:
 
     require(args.action in FLAGS_OF_ACTION, "action", f"one of {', '.join(FLAGS_OF_ACTION)}")
     for field in fields(Args):
+        value = getattr(args, field.name)
         actions = [action for action, flags in FLAGS_OF_ACTION.items() if field.name in flags]
-        if actions and args.action not in actions:
-            is_default = getattr(args, field.name) == field.default
-            require(is_default, field.name, f"left out here: it is for --action {' and '.join(actions)}")
-    for name, smallest in SMALLEST.items():
-        value = getattr(args, name)
-        require(value is None or value >= smallest, name, f"at least {smallest}")
-    if args.job_name is not None:
-        require(re.fullmatch(r"\w[\w.+-]*", args.job_name), "job_name", "letters, digits and .+-_")
-    if args.gpus is not None:
-        require(re.fullmatch(r"[\w/-]+(,[\w/-]+)*", args.gpus), "gpus", "numbers, such as 0,1,2")
-    for name in (*SBATCH_OPTIONS, "sbatch_arg"):
-        words = str(getattr(args, name))
-        if name == "sbatch_arg":
-            words = "".join(args.sbatch_arg)
-        require(not re.search(f'"|{UNSAFE}', words), name, 'free of " and line ends')
-    if args.time is not None:
-        minutes = parse_time_limit(args.time)
-        formats = "minutes, hours:minutes:seconds, days-hours or days-hours:minutes:seconds"
-        require(minutes is not None, "time", formats)
-        # SIGUSR2 comes two minutes before the limit, and a script needs time to start.
-        require(minutes == 0 or minutes >= 5, "time", "at least 5 minutes, or the warning comes as the run starts")
+        is_fitting = not actions or args.action in actions or value == field.default
+        require(is_fitting, field.name, f"left out here: it is for --action {' and '.join(actions)}")
+        if type(value) is int:
+            smallest = 0 if field.name in MAY_BE_ZERO else 1
+            require(value >= smallest, field.name, f"at least {smallest}")
+    require(re.fullmatch(r"\w[\w.+-]*", args.job_name or "_"), "job_name", "letters, digits and .+-_")
+    require(re.fullmatch(r"[\w/-]+(,[\w/-]+)*", args.gpus or "0"), "gpus", "numbers, such as 0,1,2")
+    # Minutes, minutes:seconds or hours:minutes:seconds, below five minutes; 0 is no limit.
+    is_short = re.fullmatch(r"(0+:)?0*[0-4](:\d+)?", args.time or "") and re.search("[1-9]", args.time)
+    require(not is_short, "time", "at least 5 minutes, as SIGUSR2 comes two minutes before the limit")
     if args.python is not None:
         try:
             words = shlex.split(args.python)
         except ValueError:  # a quote is open
             words = []
-        wanted = "a command, such as python or 'nice -n 19 python'"
-        require(words and not re.search(UNSAFE, args.python), "python", wanted)
-        require(args.action != "local" or shutil.which(words[0]), "python", "a program that can be found here")
-    if args.submit and not shutil.which("sbatch"):
-        fail("--submit needs sbatch, which is not installed here; leave it out, and submit where it is", 2)
-
-
-def parse_time_limit(limit: str) -> float | None:
-    """Minutes of a limit in one of sbatch's formats, 0 for none, or None if it is in no such format."""
-    if limit.upper() in ("INFINITE", "UNLIMITED"):
-        return 0
-    match = re.fullmatch(r"(\d+-)?(\d+)(:\d+)?(:\d+)?", limit)
-    if match is None:
-        return None
-    days, *numbers = (int((group or "0").strip(":-")) for group in match.groups())
-    starts_with_hours = match[1] or match[4]  # otherwise it is minutes or minutes:seconds
-    hours, minutes, seconds = numbers if starts_with_hours else (0, *numbers[:2])
-    return days * 1440 + hours * 60 + minutes + seconds / 60
+        is_found = words and (args.action != "local" or shutil.which(words[0]))
+        require(is_found, "python", "a command that can be found, such as python or 'nice -n 19 python'")
 
 
 def read_file(path: Path, name: str) -> str:
     try:
         return path.read_text("utf-8")
-    except OSError as error:
-        fail(f"{name} {path} cannot be read: {error.strerror}", 2)
-    except UnicodeDecodeError:
-        fail(f"{name} {path} cannot be read: it is not text", 2)
+    except (OSError, UnicodeDecodeError) as error:
+        fail(f"{name} {path} cannot be read: {getattr(error, 'strerror', 'it is not text')}", 2)
 
 
 def write_file(path: Path, content: str) -> None:
@@ -274,8 +220,6 @@ def resolve_path(path: str) -> Path:
 def did_you_mean(word: str, known) -> str:
     """The end of a message about a word that is not known."""
     similar = difflib.get_close_matches(word, known, n=1)
-    if GEN_DGRL_NAMES.get(word) in known:
-        similar = [GEN_DGRL_NAMES[word]]
     return f"; did you mean {similar[0]}?" if similar else ""
 
 
@@ -283,13 +227,13 @@ def did_you_mean(word: str, known) -> str:
 
 
 def read_script(path: Path) -> Script:
-    """Read the class Args and FREE_ARGUMENTS in a script's source. The script is not run."""
+    """Read the class Args and some constants in a script's source. The script is not run."""
     try:
         tree = ast.parse(read_file(path, "the grid's script"), str(path))
     except (ValueError, SyntaxError) as error:
         fail(f"the grid's script {path} is no Python: {error}", 2)
     classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
-    arguments = {}
+    nodes = {}
 
     def add_fields(class_name):
         if class_name not in classes:
@@ -298,38 +242,37 @@ def read_script(path: Path) -> Script:
             add_fields(ast.unparse(base))
         for node in classes[class_name].body:
             if isinstance(node, ast.AnnAssign):
-                arguments[ast.unparse(node.target)] = read_argument(node)
+                nodes[ast.unparse(node.target)] = node
 
     add_fields("Args")
-    constants = {"FREE_ARGUMENTS": ("resume",), "AGENT_OF": None}
+    annotations = {name: ast.unparse(node.annotation) for name, node in nodes.items()}
+    defaults = dict.fromkeys(nodes)
+    computed = []
+    for name, node in nodes.items():
+        try:
+            defaults[name] = as_annotated(ast.literal_eval(node.value), annotations[name])
+        except (ValueError, TypeError):  # TypeError: there is none
+            computed.append(name)
+    constants = {"FREE_ARGUMENTS": ("resume",), "EXTRA_MODES": None, "AGENT_OF": None}
     for node in tree.body:
-        if isinstance(node, (ast.Assign, ast.AnnAssign, ast.AugAssign)):
-            target = ast.unparse(node.targets[0] if isinstance(node, ast.Assign) else node.target)
-            if target in constants:
-                try:
-                    constants[target] = ast.literal_eval(node if isinstance(node, ast.AugAssign) else node.value)
-                except ValueError:  # of an AugAssign, too
-                    fail(f"the grid's script {path}: {target} must be written out in one piece", 2)
-    if "agent_from" in arguments:  # by default the script that AGENT_OF names
-        arguments["agent_from"] = arguments["agent_from"]._replace(default=constants["AGENT_OF"])
-    return Script(path, arguments, constants["FREE_ARGUMENTS"])
-
-
-def read_argument(node: ast.AnnAssign) -> Argument:
-    annotation = ast.unparse(node.annotation)
-    try:
-        return Argument(annotation, as_annotated(ast.literal_eval(node.value), annotation), is_constant=True)
-    except (ValueError, TypeError):  # it is computed, or there is none
-        return Argument(annotation, None, is_constant=False)
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) in constants:
+            name = ast.unparse(node.targets[0])
+            try:
+                constants[name] = ast.literal_eval(node.value)
+            except ValueError:
+                fail(f"the grid's script {path}: {name} must be written out in one piece", 2)
+    if "agent_from" in defaults:
+        defaults["agent_from"] = constants["AGENT_OF"]
+    return Script(path, annotations, defaults, computed, constants["FREE_ARGUMENTS"], constants["EXTRA_MODES"])
 
 
 def as_annotated(value, annotation: str):
     """A number as the script will see it: a float for a float, and an int for an int that JSON has as 25e6."""
-    is_number = type(value) in (int, float)
-    if is_number and annotation.startswith("float"):
-        return float(value)
-    if is_number and annotation.startswith("int") and value == int(value):
-        return int(value)
+    if type(value) in (int, float):
+        if annotation.startswith("float"):
+            return float(value)
+        if annotation.startswith("int") and value == int(value):
+            return int(value)
     return value
 
 
@@ -337,10 +280,10 @@ def read_grid(path: Path) -> tuple:
     """The Script of a grid file and its lists of values, {name: values}. A mistake is one line and exit code 2."""
 
     def as_dict(pairs):
-        counts = Counter(name for name, _ in pairs)
-        for name, count in counts.items():
-            if count > 1:
-                fail(f"{path}: {name!r} is there {count} times", 2)
+        names = [name for name, _ in pairs]
+        for name in names:
+            if names.count(name) > 1:
+                fail(f"{path}: {name!r} is there {names.count(name)} times", 2)
         return dict(pairs)
 
     text = read_file(path, "--grid-config takes a name in grids/ or the path of a JSON file, but")
@@ -352,57 +295,51 @@ def read_grid(path: Path) -> tuple:
     if not is_grid or not isinstance(content["grid"], dict):
         fail(f'{path}: it must be {{"script": "ppo_procgen.py", "grid": {{"env_id": ["miner"], ...}}}}', 2)
     script = read_script(resolve_path(str(content["script"])))
-    grid = {}
-    for name, values in content["grid"].items():
-        if name not in script.arguments:
-            known = ", ".join(script.arguments)
-            hint = did_you_mean(name, script.arguments)
-            fail(f"{path}: {script.path} has no argument {name!r}{hint}; it has {known}", 2)
+    grid = content["grid"]
+    for name, values in grid.items():
+        if name not in script.annotations:
+            hint = did_you_mean(name, script.annotations)
+            fail(f"{path}: {script.path} has no argument {name!r}{hint}; it has {', '.join(script.annotations)}", 2)
         if not isinstance(values, list) or not values:
             fail(f"{path}: {name!r} is {json.dumps(values)}; it must be a list of one or more values", 2)
-        annotation = script.arguments[name].annotation
-        type_name = annotation.removesuffix(" | None")
-        if type_name not in TYPES and not type_name.startswith("Literal["):
+        annotation = script.annotations[name]
+        if not re.fullmatch(rf"({'|'.join(PLAIN_TYPES)}|Literal\[.*\])( \| None)?", annotation):
             wanted = "a grid can set int, float, bool, str and Literal, and each of these | None"
             fail(f"{path}: {name!r} is annotated as {annotation} in {script.path}; {wanted}", 2)
-        for value in values:
-            check_value(path, name, value, type_name)
-        grid[name] = [as_annotated(value, annotation) for value in values]
+        grid[name] = [read_value(path, name, value, annotation) for value in values]
     return script, grid
 
 
-def check_value(path: Path, name: str, value, type_name: str) -> None:
-    """Exit with code 2 and one line if a value of a grid is not of its argument's type. null is the default."""
-    if value is None:
-        return
-    if type_name.startswith("Literal["):
-        is_valid = value in ast.literal_eval(type_name.removeprefix("Literal"))
-    elif type_name == "int" and isinstance(value, float):
-        is_valid = value.is_integer()
-    else:
-        is_valid = type(value) in TYPES[type_name]
+def read_value(path: Path, name: str, value, annotation: str):
+    """A value of a grid as the script will see it. If it is not of the argument's type, exit with code 2."""
+    if value is None:  # the default
+        return None
+    where = f"{path}: {name!r} is {json.dumps(value)[:300]}"
     if isinstance(value, (int, float)) and not -1e308 < value < 1e308:
-        fail(f"{path}: {name!r} is {json.dumps(value)[:20]}; a finite number is wanted", 2)
-    if not is_valid:
-        fail(f"{path}: {name!r} is {json.dumps(value)}; {type_name} is wanted", 2)
+        fail(f"{where}; a finite number is wanted", 2)
     if isinstance(value, str) and re.search(UNSAFE, value):
-        fail(f"{path}: {name!r} is {json.dumps(value)}; it must be text without control characters", 2)
+        fail(f"{where}; it must be text without control characters", 2)
+    value = as_annotated(value, annotation)
+    type_name = annotation.removesuffix(" | None")
+    if type_name in PLAIN_TYPES:
+        is_valid = type(value).__name__ == type_name
+    else:
+        is_valid = value in ast.literal_eval(type_name.removeprefix("Literal"))
+    if not is_valid:
+        fail(f"{where}; {type_name} is wanted", 2)
+    return value
 
 
 def check_game(path: Path, script: Script, settings: dict) -> None:
     """Exit with code 2 and one line if Procgen does not have this game, or the game not this mode."""
     env_id, mode = settings.get("env_id"), settings.get("distribution_mode")
-    if "env_id" not in script.arguments or script.arguments["env_id"].default not in (None, *GAMES):
-        return  # a script for other games
-    if env_id is not None and env_id not in GAMES:
+    if env_id is None or script.extra_modes is None:
+        return
+    if env_id not in GAMES:
         fail(f"{path}: 'env_id' is {env_id!r}{did_you_mean(env_id, GAMES)}; the games are {', '.join(GAMES)}", 2)
-    modes = ["easy", "hard"]
-    for extra_mode, games in EXTRA_MODES.items():
-        if env_id is None or env_id in games:
-            modes.append(extra_mode)
-    if mode is not None and mode not in modes:
-        game = env_id or "any game"
-        fail(f"{path}: 'distribution_mode' is {mode!r}; it must be one of {', '.join(modes)} for {game}", 2)
+    modes = ["easy", "hard"] + [extra for extra, games in script.extra_modes.items() if env_id in games]
+    if mode not in (None, *modes):
+        fail(f"{path}: 'distribution_mode' is {mode!r}; it must be one of {', '.join(modes)} for {env_id}", 2)
 
 
 def argument_words(name: str, value, annotation: str) -> str:
@@ -411,10 +348,8 @@ def argument_words(name: str, value, annotation: str) -> str:
         return ""
     if annotation == "bool":
         return flag(name) if value else flag(f"no_{name}")
-    word = shlex.quote(str(value))
-    if str(value).startswith("-"):
-        return f"{flag(name)}={word}"
-    return f"{flag(name)} {word}"
+    separator = "=" if str(value).startswith("-") else " "
+    return f"{flag(name)}{separator}{shlex.quote(str(value))}"
 
 
 @functools.cache
@@ -428,22 +363,16 @@ def checkpoint_name(path: str) -> str:
 
 
 def run_name(script: Script, settings: dict, swept: list) -> str:
-    """A run's name without its seed: the script's default one, and the free arguments that are swept.
-
-    It depends on the run alone, not on the rest of the grid: an argument is in it if it differs from its default.
-    """
-    if settings["xpid"] is not None:  # with the swept arguments, so that each run has a folder of its own
-        words = [settings["xpid"]]
-        others = swept
-    else:
-        words = [settings[name] for name in ("env_id", "distribution_mode", "num_levels") if name in settings]
-        words.append(script.path.stem.removesuffix("_procgen"))
-        words += [f"{short}{settings[name]}" for name, short in SHORT_NAMES.items() if name in settings]
-        named = ("env_id", "distribution_mode", "num_levels", *SHORT_NAMES)
+    """A run's name without its seed. It depends on the run alone, not on the rest of the grid."""
+    words = [settings["xpid"]]
+    others = swept
+    if settings["xpid"] is None:
+        values = {**settings, "script": script.path.stem.removesuffix("_procgen")}
+        words = [f"{short}{values[name]}" for name, short in IN_EVERY_NAME.items() if name in values]
         others = []
-        for name, argument in script.arguments.items():
-            is_changed = settings[name] != argument.default
-            if is_changed and name not in named and (name not in script.free or name in swept):
+        for name, default in script.defaults.items():
+            is_free = name in script.free and name not in swept
+            if settings[name] != default and name not in IN_EVERY_NAME and not is_free:
                 others.append(name)
     for name in others:
         if name == "checkpoint" and settings[name] is not None:
@@ -455,9 +384,9 @@ def run_name(script: Script, settings: dict, swept: list) -> str:
 
 def seeds_of(args: Args, path: Path, script: Script, grid: dict) -> list:
     """The seeds of each configuration: those of the grid, or the script's default, and the next num_trials - 1."""
-    default = script.arguments["seed"].default if "seed" in script.arguments else None
-    seeds = [default if seed is None else seed for seed in grid.get("seed", [None])]
-    if seeds == [None] and args.num_trials == 1 and args.start_index == 0 and "xpid" not in script.arguments:
+    default = script.defaults.get("seed")
+    seeds = [default if seed is None else seed for seed in grid.pop("seed", [None])]
+    if seeds == [None] and args.num_trials == 1 and args.start_index == 0 and "xpid" not in script.defaults:
         return seeds  # the script chooses
     if None in seeds:
         fail(f'{path}: to count seeds up, whole numbers to begin with are needed, such as "seed": [0]', 2)
@@ -488,23 +417,16 @@ def configurations_of(args: Args, path: Path, grid: dict) -> list:
 def expand(args: Args, path: Path) -> list:
     """The runs of a grid: every configuration with every seed."""
     script, grid = read_grid(path)
-    defaults = {name: argument.default for name, argument in script.arguments.items()}
     seeds = seeds_of(args, path, script, grid)
-    grid.pop("seed", None)
-    for name, values in {**grid, "seed": seeds}.items():
-        effective = [defaults.get(name) if value is None else value for value in values]
-        value, count = Counter(effective).most_common(1)[0]
-        if count > 1:
-            fail(f"{path}: {name!r} is {value!r} in {count} configurations that are otherwise equal", 2)
     swept = [name for name, values in grid.items() if len(values) > 1]
-    has_xpid = "xpid" in script.arguments
+    has_xpid = "xpid" in script.defaults
     if has_xpid and grid.get("xpid", [None]) == [None]:
         grid.pop("xpid", None)
-        for name, argument in script.arguments.items():
-            if not argument.is_constant and name not in script.free:
+        for name in script.computed:
+            if name not in script.free:
                 why = f"the default of {name} in {script.path} is not a constant, so a run's name is not known here"
                 fail(f'{path}: {why}; write it as one, or give the grid a name, "xpid": ["my_name"]', 2)
-    if "resume" in script.arguments:
+    if "resume" in script.defaults:
         grid.setdefault("resume", [True])  # so that a command can be run again
 
     interpreter = args.python or ("python" if args.action != "local" else shlex.quote(sys.executable))
@@ -512,12 +434,12 @@ def expand(args: Args, path: Path) -> list:
     runs, folders = [], set()
     for values in configurations_of(args, path, grid):
         given = dict(zip(grid, values))
-        settings = {**defaults, **{name: value for name, value in given.items() if value is not None}}
+        settings = {**script.defaults, **{name: value for name, value in given.items() if value is not None}}
         check_game(path, script, settings)
         words = list(start)
         for name, value in given.items():
             if name != "xpid":
-                words.append(argument_words(name, value, script.arguments[name].annotation))
+                words.append(argument_words(name, value, script.annotations[name]))
         labels = {name: f"{name}={settings[name]}" for name in swept}
         configuration = " ".join(labels.values()) or path.stem
         labels.pop("env_id", None)
@@ -526,21 +448,20 @@ def expand(args: Args, path: Path) -> list:
         for seed in seeds:
             run_settings = {**settings, "seed": seed}
             run_words = [*words, argument_words("seed", seed, "int")]
-            name = f"{path.stem}_{len(runs) + 1}"
+            name = folder = f"{path.stem}_{len(runs) + 1}"
+            shared = "the same " + ", ".join(DATASET_ARGUMENTS)
             if has_xpid:
-                name = f"{xpid}_{seed}"
-                if len(name) > 200:  # quoted, so that a character is a byte
-                    fail(f'{path}: the xpid {name} has more than 200 bytes; give the grid one, "xpid": ["short"]', 2)
-                run_settings["xpid"] = name
+                name = run_settings["xpid"] = f"{xpid}_{seed}"
                 run_words.append(argument_words("xpid", name, "str"))
-                folders.add((settings.get("env_id"), name))
+                folder = (settings.get("env_id"), name)
+                shared = f"the xpid {name}"
             elif settings.get("save_dataset"):
-                folders.add(tuple(settings.get(argument) for argument in DATASET_ARGUMENTS))
+                folder = tuple(settings.get(argument) for argument in DATASET_ARGUMENTS)
+            if folder in folders:
+                fail(f"{path}: two commands would write into one folder, as both have {shared}", 2)
+            folders.add(folder)
             command = " ".join(word for word in run_words if word)
             runs.append(Run(command, name, configuration, method, run_settings))
-    if folders and len(folders) < len(runs):
-        names = "xpid" if has_xpid else f"dataset, as that depends on {', '.join(DATASET_ARGUMENTS)} only"
-        fail(f"{path}: two commands would share a folder, as they have the same {names}", 2)
     return runs
 
 
@@ -549,43 +470,28 @@ def expand(args: Args, path: Path) -> list:
 
 def state_of(folder: Path, done: bool, started: bool) -> str:
     """One of STATES. The scripts wait a second for the lock of their folder, so asking does not get in their way."""
-    lock = folder / ".lock"
     try:
-        with open(lock) as file:
+        with open(folder / ".lock") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # released as the file is closed
     except BlockingIOError:
         return "done" if done else "running"
     except FileNotFoundError:
         pass
-    except OSError as error:
-        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
-            raise
-        why = f"its file system has no flock ({error.strerror}), so it is not known which runs are running"
-        fail(f"{lock} cannot be locked: {why}; put the runs on another file system")
     if done:
         return "done"
     return "stopped" if started else "not started"
 
 
 def read_curves(table: Path) -> np.ndarray:
-    """A row of steps, training return and test return (nan if none was measured) for each row of a progress.csv.
-
-    An unfinished last line, as a crash can leave one, and blank lines are left out.
-    """
+    """A row of steps, training return and test return, nan if unknown, for each whole row of a progress.csv."""
     try:
         text = table.read_text("utf-8")
     except FileNotFoundError:
         text = ""
-    lines = text[: text.rfind("\n") + 1].splitlines()
+    lines = text[: text.rfind("\n") + 1].splitlines()  # a crash can leave an unfinished one
     rows = []
-    if lines:
-        names = lines[0].split(",")
-        columns = [names.index(name) for name in ("global_step", "charts/episodic_return", "charts/test_return")]
-        for line in filter(str.strip, lines[1:]):
-            values = line.split(",")
-            if len(values) != len(names):
-                raise ValueError(f"a row has {len(values)} fields instead of {len(names)}")
-            rows.append([float(values[column]) for column in columns])
+    for row in csv.DictReader(filter(str.strip, lines)):
+        rows.append([float(row[name]) for name in ("global_step", "charts/episodic_return", "charts/test_return")])
     return np.array(rows).reshape(-1, 3)
 
 
@@ -652,18 +558,16 @@ def collection_progress(settings: dict) -> Progress:
     return Progress(state, fraction, test_return=mean, game=datasets[0].game)
 
 
-def require_known_paths(runs: list) -> None:
+def require_known_paths(settings: dict) -> None:
     """Exit with code 2 if grid and script do not tell where the runs are and how long they will be."""
-    for run in runs:
-        needed = ["total_timesteps", "dataset_saving_dir"]
-        if "xpid" in run.settings:
-            needed = ["model_saving_dir", "env_id", "num_envs", "num_steps", "total_timesteps"]
-        elif run.settings.get("ratio") is not None:
-            needed = ["env_id", "ratio_checkpoint_dir", "ratio_dataset_dir", "total_timesteps"]
-        unknown = [name for name in needed if not run.settings.get(name)]
-        if unknown:
-            why = "neither grid nor script says it plainly"
-            fail(f"status, plot and --only-missing need {', '.join(unknown)}: {why}", 2)
+    needed = ["total_timesteps", "dataset_saving_dir"]
+    if "xpid" in settings:
+        needed = ["model_saving_dir", "env_id", "num_envs", "num_steps", "total_timesteps"]
+    elif settings.get("ratio") is not None:
+        needed = ["env_id", "ratio_checkpoint_dir", "ratio_dataset_dir", "total_timesteps"]
+    unknown = [name for name in needed if not settings.get(name)]
+    if unknown:
+        fail(f"status, plot and --only-missing need {', '.join(unknown)} from the grid or as a constant default", 2)
 
 
 def arguments_of(command: str) -> str:
@@ -685,26 +589,21 @@ def commands_here() -> set:
     return found - {""}
 
 
-def read_progress(run: Run) -> Progress:
-    """What the files of a run say."""
+def read_progress(run: Run, commands: set = frozenset()) -> Progress:
+    """What the files of a run say, and the arguments of the processes of this machine."""
     try:
-        if "xpid" in run.settings:
-            return training_progress(run.settings)
-        return collection_progress(run.settings)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:  # the files may contain anything
-        return Progress("damaged", reason=f"{type(error).__name__}: {error}")
+        is_training = "xpid" in run.settings
+        progress = training_progress(run.settings) if is_training else collection_progress(run.settings)
+    except DAMAGE as error:
+        return Progress("damaged", reason=f" ({type(error).__name__}: {error})")
+    if progress.state in ("stopped", "not started") and arguments_of(run.command) in commands:
+        return progress._replace(state="running")
+    return progress
 
 
 def progress_of(runs: list) -> list:
-    """The Progress of each run, from its files and from the processes of this machine."""
     commands = commands_here()
-    everything = []
-    for run in runs:
-        progress = read_progress(run)
-        if progress.state in ("stopped", "not started") and arguments_of(run.command) in commands:
-            progress = progress._replace(state="running")
-        everything.append(progress)
-    return everything
+    return [read_progress(run, commands) for run in runs]
 
 
 def nan_mean(values) -> float:
@@ -714,16 +613,8 @@ def nan_mean(values) -> float:
     return float(values.mean()) if len(values) else math.nan
 
 
-def deviation_of(values) -> float:
-    """The sample standard deviation, or nan for a single value."""
-    return float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
-
-
 def summarise(runs: list, progress: list) -> tuple:
-    """A row per configuration, as a dict, and the normalised test returns of each method, {method: {game: returns}}.
-
-    The latest returns are means over all seeds; final ones, and the normalised one, are over the seeds that are done.
-    """
+    """A row per configuration, as a dict, and the normalised returns of finished runs, {method: {game: returns}}."""
     configurations = {}
     for run, seed in zip(runs, progress):
         configurations.setdefault((run.method, run.configuration), []).append(seed)
@@ -738,31 +629,26 @@ def summarise(runs: list, progress: list) -> tuple:
             final = [getattr(seed, name) for seed in done]
             row[name] = nan_mean([getattr(seed, name) for seed in seeds])
             row[f"final_{name}"] = nan_mean(final)
-            row[f"final_{name}_deviation"] = deviation_of(final)
-        normalised = []
-        for seed in done:
-            mode, env_id = seed.game
-            low, high = RANGES.get(mode, {}).get(env_id, (0, math.nan))
-            normalised.append((seed.test_return - low) / (high - low))
+            row[f"final_{name}_deviation"] = float(np.std(final, ddof=1)) if len(final) > 1 else math.nan
+        mode, env_id = game = done[0].game if done else (None, None)
+        low, high = RANGES.get(mode, {}).get(env_id, (0, math.nan))
+        normalised = [(seed.test_return - low) / (high - low) for seed in done]
         row["normalised"] = nan_mean(normalised)
         if not math.isnan(row["normalised"]):
-            games = normalised_returns.setdefault(method, {})
-            games.setdefault(done[0].game, []).extend(value for value in normalised if not math.isnan(value))
+            returns = normalised_returns.setdefault(method, {}).setdefault(game, [])
+            returns += [value for value in normalised if not math.isnan(value)]
         table.append(row)
     return table, normalised_returns
 
 
 def interquartile_mean(games: dict) -> str:
-    """The mean of the middle half of all runs, given as {game: normalised returns}, and how certain it is.
-
-    Agarwal et al. 2021: a percentile bootstrap that draws the seeds of each game anew.
-    """
+    """The mean of the middle half of {game: normalised returns}, and how certain it is, by Agarwal et al. 2021."""
 
     def iqm(returns):  # along the last axis
         cut = returns.shape[-1] // 4
         return np.sort(returns)[..., cut : returns.shape[-1] - cut].mean(-1)
 
-    generator = np.random.default_rng(0)
+    generator = np.random.default_rng(0)  # a percentile bootstrap that draws the seeds of each game anew
     resampled = [generator.choice(returns, (10_000, len(returns))) for returns in games.values()]
     low, high = np.percentile(iqm(np.concatenate(resampled, axis=1)), [2.5, 97.5])
     interval = f"95 % interval {low:.2f} to {high:.2f}"
@@ -783,11 +669,8 @@ def write_csv(path: Path, rows: list) -> None:
 
 def last_log_line(log: Path) -> str:
     """A log and the last line in it that a command has written."""
-    last = ""
-    for line in log.read_text("utf-8", "replace").splitlines():
-        if line.strip() and not line.startswith("== "):
-            last = line.strip()
-    return f"{log}: {last}"
+    lines = re.findall(r"^(?!== ).*\S", log.read_text("utf-8", "replace"), re.MULTILINE)
+    return f"{log}: {lines[-1].strip() if lines else ''}"
 
 
 def newest_logs() -> dict:
@@ -807,9 +690,7 @@ def print_unfinished(runs: list, progress: list) -> None:
         if state == "done":
             continue
         arguments = arguments_of(run.command)
-        words = [f"{run.name}: {state}"]
-        if reason:
-            words[0] += f" ({reason})"
+        words = [f"{run.name}: {state}{reason}"]
         if arguments in tasks:
             words.append(f"Slurm task {tasks[arguments]}")
         words.append(last_log_line(logs[arguments]) if arguments in logs else "no log")
@@ -866,51 +747,39 @@ def align(curves: list) -> tuple:
     return steps / 1e6, returns
 
 
-def draw(axes, steps: np.ndarray, returns: np.ndarray, color, linestyle: str, linewidth: float) -> None:
+def draw(axes, steps: np.ndarray, returns: np.ndarray, linewidth: float, **style) -> None:
     """Draw returns, (seed, step): mean and deviation as far as all seeds have come, and from there each seed, thin."""
     returns = returns[~np.isnan(returns).all(axis=1)]
     if len(returns) == 0:
         return
     shared = ~np.isnan(returns).any(axis=0)
     mean = returns[:, shared].mean(axis=0)
-    axes.plot(steps[shared], mean, color=color, linestyle=linestyle, linewidth=linewidth)
+    axes.plot(steps[shared], mean, linewidth=linewidth, **style)
     if len(returns) > 1:
         deviation = returns[:, shared].std(axis=0, ddof=1)
+        color = style["color"]
         axes.fill_between(steps[shared], mean - deviation, mean + deviation, color=color, alpha=0.15, linewidth=0)
     last_shared = np.flatnonzero(shared).max(initial=0)
     for seed in returns:
         rest = ~np.isnan(seed)
         rest[:last_shared] = False
         if rest.sum() > 1:
-            axes.plot(steps[rest], seed[rest], color=color, linestyle=linestyle, linewidth=0.5, alpha=0.7)
+            axes.plot(steps[rest], seed[rest], linewidth=0.5, alpha=0.7, **style)
 
 
 def read_reference(path: Path) -> dict:
-    """The runs of a CSV file with the columns game, levels (train or test), steps and a return each in run0, run1, ...
-
-    Returns {(game, levels): [(steps, lowest return, highest return), ...]}.
-    """
-    bands = {}
+    """Published runs from a CSV file: {levels: {game: [(steps, lowest return, highest return), ...]}}."""
+    bands = {"train": {}, "test": {}}
     try:
         with open(path, newline="") as file:
             for row in csv.DictReader(file):
                 returns = [float(value) for name, value in row.items() if name.startswith("run")]
-                if row["levels"] not in ("train", "test"):
-                    raise ValueError(f"levels is {row['levels']!r}, not train or test")
-                band = bands.setdefault((row["game"], row["levels"]), [])
+                band = bands[row["levels"]].setdefault(row["game"], [])
                 band.append((float(row["steps"]), min(returns), max(returns)))
-    except (OSError, KeyError, TypeError, AttributeError, ValueError, csv.Error) as error:
+    except DAMAGE as error:
         wanted = "a CSV file with the columns game, levels (train or test), steps, run0, run1 and so on"
         fail(f"--reference {path} must be {wanted} ({type(error).__name__}: {error})", 2)
     return bands
-
-
-def draw_reference(axes, bands: dict, env_id: str, total_steps: int) -> None:
-    """Fill the area between the lowest and the highest run of a game, as far as the panel reaches."""
-    for levels, opacity in (("train", 0.4), ("test", 0.2)):
-        band = np.array([row for row in bands.get((env_id, levels), []) if row[0] <= total_steps])
-        if len(band):
-            axes.fill_between(band[:, 0] / 1e6, band[:, 1], band[:, 2], color="gray", alpha=opacity, linewidth=0)
 
 
 def read_all_curves(runs: list) -> dict:
@@ -920,7 +789,7 @@ def read_all_curves(runs: list) -> dict:
         table = run_folder(run.settings) / "progress.csv"
         try:
             curves = read_curves(table)
-        except (OSError, ValueError) as error:
+        except DAMAGE as error:
             print(f"{table} is left out, as it is damaged ({error})")
             continue
         if len(curves):
@@ -928,50 +797,33 @@ def read_all_curves(runs: list) -> dict:
     return everything
 
 
-def styles_of(methods: list) -> dict:
-    """The color and the width of each method's lines, {method: (color, width)}."""
-    import matplotlib  # in these functions, as it is slow and only they need it
-
-    palette = matplotlib.colormaps["tab10" if len(methods) <= 10 else "turbo"].resampled(max(10, len(methods)))
-    if len(methods) == 1:
-        return {methods[0]: (palette(0), 1.3)}
-    # Later lines are thinner, so that an earlier line of the same values can be seen behind them.
-    widest, thinnest = (1.3, 0.7) if len(methods) > 6 else (2.6, 1.3)
-    widths = np.linspace(widest, thinnest, len(methods))
-    return {method: (palette(i), widths[i]) for i, method in enumerate(methods)}
-
-
-def add_legend(figure, styles: dict, has_seeds: bool, has_reference: bool) -> None:
-    """Explain the lines below the panels, in as many columns as fit."""
-    from matplotlib.lines import Line2D
+def add_legend(figure, colors: dict, has_seeds: bool, has_reference: bool) -> None:
+    """Explain the lines below the panels, in as many columns as fit. colors: {method: color}."""
+    from matplotlib.lines import Line2D  # in these functions, as it is slow and only they need it
     from matplotlib.patches import Patch
 
-    handles = [Line2D([], [], color="gray", linestyle="-"), Line2D([], [], color="gray", linestyle="--")]
-    labels = ["training levels", "test levels"]
+    handles = [Line2D([], [], color="gray", label="training levels")]
+    handles.append(Line2D([], [], color="gray", linestyle="--", label="test levels"))
     if has_reference:
-        handles.append(Patch(color="gray", alpha=0.4, linewidth=0))
-        labels.append("reference, lowest to highest run")
-    for method, (color, _) in styles.items():
+        handles.append(Patch(color="gray", alpha=0.4, linewidth=0, label="reference, lowest to highest run"))
+    for method, color in colors.items():
         if method:
-            handles.append(Line2D([], [], color=color, linewidth=3))
-            labels.append(textwrap.fill(method, 100).replace("$", r"\$"))
+            label = textwrap.fill(method, 100).replace("$", r"\$")
+            handles.append(Line2D([], [], color=color, linewidth=3, label=label))
     titles = []
-    if len(styles) > 1:
-        titles.append(f"{len(styles)} configurations")
+    if len(colors) > 1:
+        titles.append(f"{len(colors)} configurations")
     if has_seeds:
         titles.append("thick line: mean of the seeds, band: their standard deviation")
         titles.append("thin line: one seed, beyond the last step that all seeds have reached")
-    columns = int(14 * figure.get_figwidth()) // max(len(label) for label in labels)
-    columns = min(max(columns, 1), len(labels))
+    columns = int(14 * figure.get_figwidth()) // max(len(handle.get_label()) for handle in handles)
+    columns = min(max(columns, 1), len(handles))
     place = {"loc": "upper center", "bbox_to_anchor": (0.5, 0), "frameon": False}
-    figure.legend(handles, labels, title="\n".join(titles), ncols=columns, **place)
+    figure.legend(handles=handles, title="\n".join(titles), ncols=columns, **place)
 
 
 def plot(runs: list, output: Path, reference: dict) -> None:
-    """Draw a panel per game and a line per method, and write status's table to a .csv file of the same name.
-
-    reference is read_reference()'s; it may be empty.
-    """
+    """Draw a panel per game and a line per method, and write status's table to a .csv file of the same name."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -980,33 +832,41 @@ def plot(runs: list, output: Path, reference: dict) -> None:
     everything = read_all_curves(runs)
     if not everything:
         fail("there is nothing to draw: none of these runs has got as far as a row in its progress.csv")
-    total_steps = {}  # of each game
-    for run in runs:
-        env_id = run.settings["env_id"]
-        total_steps[env_id] = max(run.settings["total_timesteps"], total_steps.get(env_id, 0))
-    styles = styles_of(list(dict.fromkeys(run.method for run in runs)))
+    methods = list(dict.fromkeys(run.method for run in runs))
+    palette = matplotlib.colormaps["tab10" if len(methods) <= 10 else "turbo"].resampled(max(10, len(methods)))
+    colors = {method: palette(i) for i, method in enumerate(methods)}
+    # Later lines are thinner, so that an earlier line of the same values can be seen behind them.
+    widest = 2.6 if 1 < len(methods) <= 6 else 1.3
+    widths = dict(zip(methods, np.linspace(widest, widest / 2, len(methods))))
 
-    columns = len(total_steps) if len(total_steps) <= 3 else math.ceil(math.sqrt(len(total_steps)))
-    rows = math.ceil(len(total_steps) / columns)
+    games = list(dict.fromkeys(run.settings["env_id"] for run in runs))
+    columns = len(games) if len(games) <= 3 else math.ceil(math.sqrt(len(games)))
+    rows = math.ceil(len(games) / columns)
     matplotlib.rcParams.update({"font.size": 8, "axes.spines.top": False, "axes.spines.right": False})
-    figure = Figure((6, 3.4) if len(total_steps) == 1 else (2.6 * columns, 2.1 * rows), layout="constrained")
-    for i, (env_id, total) in enumerate(total_steps.items()):
+    figure = Figure((6, 3.4) if len(games) == 1 else (2.6 * columns, 2.1 * rows), layout="constrained")
+    for i, env_id in enumerate(games):
         axes = figure.add_subplot(rows, columns, i + 1)
-        for method, (color, width) in styles.items():
+        for method in methods:
             if (env_id, method) in everything:
                 steps, returns = align(everything[env_id, method])
-                draw(axes, steps, returns[:, :, 0], color, "-", width)
-                draw(axes, steps, returns[:, :, 1], color, "--", width)
-        draw_reference(axes, reference, env_id, total)
-        axes.set(title=env_id, xlim=(0, total / 1e6))
+                style = {"color": colors[method], "linewidth": widths[method]}
+                draw(axes, steps, returns[:, :, 0], linestyle="-", **style)
+                draw(axes, steps, returns[:, :, 1], linestyle="--", **style)
+        total_steps = max(run.settings["total_timesteps"] for run in runs if run.settings["env_id"] == env_id)
+        for levels, opacity in (("train", 0.4), ("test", 0.2)):
+            band = reference.get(levels, {}).get(env_id, [])
+            band = np.array([row for row in band if row[0] <= total_steps]).reshape(-1, 3)
+            if len(band):
+                axes.fill_between(band[:, 0] / 1e6, band[:, 1], band[:, 2], color="gray", alpha=opacity, linewidth=0)
+        axes.set(title=env_id, xlim=(0, total_steps / 1e6))
         if i % columns == 0:
             axes.set_ylabel("episode return")
-        if i + columns >= len(total_steps):
+        if i + columns >= len(games):
             axes.set_xlabel("environment steps (millions)")
         axes.locator_params(axis="x", nbins=4)
         axes.grid(alpha=0.3)
     has_seeds = any(len(seeds) > 1 for seeds in everything.values())
-    add_legend(figure, styles, has_seeds, has_reference=bool(reference))
+    add_legend(figure, colors, has_seeds, has_reference=bool(reference))
     output.parent.mkdir(parents=True, exist_ok=True)
     try:
         figure.savefig(output, dpi=200, bbox_inches="tight")  # "tight" makes room for the legend
@@ -1031,11 +891,10 @@ def say(message: str) -> None:
 
 def gpus_here(args: Args) -> list:
     """The GPUs to deal out to the workers, or an empty list to leave CUDA_VISIBLE_DEVICES alone."""
-    if args.gpus is not None:
-        return args.gpus.split(",")
-    if "CUDA_VISIBLE_DEVICES" in os.environ:
-        return [gpu for gpu in os.environ["CUDA_VISIBLE_DEVICES"].split(",") if gpu]
-    return re.findall(r"^GPU (\d+):", output_of("nvidia-smi", "-L"), re.MULTILINE)
+    listed = args.gpus or os.environ.get("CUDA_VISIBLE_DEVICES")
+    if listed is None:
+        return re.findall(r"^GPU (\d+):", output_of("nvidia-smi", "-L"), re.MULTILINE)
+    return [gpu for gpu in listed.split(",") if gpu]
 
 
 def output_of(*command) -> str:
@@ -1060,20 +919,15 @@ def outcome_of(run: Run, code: int, stopping: bool) -> str:
         return "done"
     if code == EXIT_STOPPED or (stopping and code in (-signal.SIGTERM, 128 + signal.SIGTERM)):
         return "stopped"
-    if progress_of([run])[0].state == "running":
-        return "in use"
-    return "failed"
+    return "in use" if progress_of([run])[0].state == "running" else "failed"
 
 
 def run_local(args: Args, runs: list) -> int:
-    """Run the commands here, each with a log. A signal stops them with SIGTERM, so that they save.
-
-    Returns the exit code.
-    """
+    """Run the commands here, each with a log. A signal stops them with SIGTERM. Returns the exit code."""
     folder = Path("logs", args.job_name)
     folder.mkdir(parents=True, exist_ok=True)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    environment = {"OMP_NUM_THREADS": str(max(1, cores // args.workers)), **os.environ}
+    threads = max(1, len(os.sched_getaffinity(0)) // args.workers)
+    environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
     gpus = gpus_here(args)
     stop_signals = []
     for signum in STOP_SIGNALS:
@@ -1083,6 +937,11 @@ def run_local(args: Args, runs: list) -> int:
 
     waiting, active, stopped = runs[::-1], {}, []  # active: {worker: (run, process)}
     counts, has_passed_on = Counter(), False
+
+    def completed():  # as a number of runs
+        unfinished = [*stopped, *(run for run, _ in active.values())]
+        return counts["done"] + sum(read_progress(run).fraction for run in unfinished)
+
     form = "{percentage:.1f} %|{bar}| {n:.2f} of {total} runs [{elapsed}<{remaining}]{postfix}"
     bar = tqdm(total=len(runs), bar_format=form, disable=None)
     say(f"{len(runs)} runs, {min(args.workers, len(runs))} at a time; logs in {folder}/")
@@ -1119,16 +978,14 @@ def run_local(args: Args, runs: list) -> int:
             elif bar.disable:
                 say(f"{run.name} is {outcome}, {counts.total()} of {len(runs)}")
         if not bar.disable:
-            unfinished = [*stopped, *(run for run, _ in active.values())]
-            bar.n = counts.total() - len(stopped) + sum(read_progress(run).fraction for run in unfinished)
+            bar.n = completed()
             bar.set_postfix({**counts, "running": len(active)})
     bar.close()
     counts["not started"] = len(waiting)
-    summary = f"{len(runs)} runs: "
-    summary += ", ".join(f"{counts[name]} {name}" for name in OUTCOMES if counts[name] or name != "in use")
+    shown = [f"{counts[name]} {name}" for name in OUTCOMES if counts[name] or name != "in use"]
+    summary = f"{len(runs)} runs: {', '.join(shown)}"
     if stopped:
-        finished = counts["done"] + sum(read_progress(run).fraction for run in stopped)
-        summary += f"; {100 * finished / len(runs):.1f} % in all"
+        summary += f"; {100 * completed() / len(runs):.1f} % in all"
     code = 0
     if counts["failed"] and not stop_signals:
         code = 1
@@ -1145,10 +1002,7 @@ def run_local(args: Args, runs: list) -> int:
 def ask_max_array_size() -> int:
     """MaxArraySize of the cluster at hand; Slurm's default where there is none."""
     match = re.search(r"MaxArraySize\s*=\s*(\d+)", output_of("scontrol", "show", "config"))
-    size = int(match[1]) if match else 1001
-    if size < 2:
-        fail(f"MaxArraySize of this cluster is {size}: it takes no arrays")
-    return size
+    return int(match[1]) if match else 1001
 
 
 def split_tasks(num_tasks: int, max_array_size: int, max_parallel: int | None) -> list:
@@ -1164,62 +1018,50 @@ def split_tasks(num_tasks: int, max_array_size: int, max_parallel: int | None) -
 
 def write_sbatch(args: Args, runs: list) -> list:
     """Write slurm/generated/{job_name}/: commands.txt, logs/ and the sbatch files, whose paths are returned."""
-    folder, here = Path("slurm", "generated", args.job_name), os.getcwd()
-    if re.search(rf'["%\\]|{UNSAFE}', here):
-        fail(f'the current folder is {here!r}; sbatch takes none with ", %, \\ or a line end in its name', 2)
+    folder = Path("slurm", "generated", args.job_name)
     commands = "".join(f"{run.command}\n" for run in runs)
     existing = folder / "commands.txt"
     if existing.exists() and existing.read_bytes() != commands.encode():
         another = f"{args.job_name}_{time.strftime('%m%d_%H%M')}"
         fail(f"{existing} has other commands, which queued tasks still read; give --job-name {another}", 2)
     num_tasks = math.ceil(len(runs) / args.runs_per_task)
-    arrays = split_tasks(num_tasks, args.max_array_size or ask_max_array_size(), args.max_parallel)
+    max_array_size = max(2, args.max_array_size or ask_max_array_size())
+    arrays = split_tasks(num_tasks, max_array_size, args.max_parallel)
     if args.max_parallel is not None and args.max_parallel < len(arrays):
         fail(f"--max-parallel is {args.max_parallel}; it must be at least {len(arrays)}, one for each array file", 2)
     template = read_file(resolve_path(args.template), "--template")
+    given = [f"{flag(name)}={getattr(args, name)}" for name in SBATCH_OPTIONS if getattr(args, name) is not None]
     options = []
-    for name in SBATCH_OPTIONS:
-        if getattr(args, name) is not None:
-            options.append(f'{flag(name)}="{getattr(args, name)}"')
-    for option in filter(None, args.sbatch_arg):
+    for option in filter(None, [*given, *args.sbatch_arg]):
+        if re.search(f'"|{UNSAFE}', option):
+            fail(f'{option!r} cannot be an option of sbatch: it has a " or a line end', 2)
         name, equals, value = option.partition("=")
         name = name if name.startswith("-") else f"--{name}"
         options.append(f'{name}="{value}"' if equals else name)
-    values = {
-        "job_name": args.job_name,
-        "folder": folder,
-        "working_dir": here,
-        "options": "\n".join(f"#SBATCH {option}" for option in options),
-        "setup": "\n".join(args.setup),
-        "runs_per_task": args.runs_per_task,
-        "side_by_side": min(args.side_by_side or args.runs_per_task, args.runs_per_task),
-        "max_restarts": args.max_restarts,
-        "array": None,  # these three differ from file to file
-        "offset": None,
-        "file": None,
-    }
+    values = {**vars(args), "folder": folder, "working_dir": os.getcwd(), "array": None, "offset": None, "file": None}
+    values["options"] = "\n".join(f"#SBATCH {option}" for option in options)
+    values["setup"] = "\n".join(args.setup)
+    values["side_by_side"] = min(args.side_by_side or args.runs_per_task, args.runs_per_task)
     placeholders = set(re.findall(r"{{\s*(\w+)\s*}}", template))
     unknown = placeholders - values.keys() or {"array"} - placeholders
     if unknown:
-        known = f"there are {', '.join(values)}, and array must be there"
-        fail(f"--template {args.template}: look at {{{{{unknown.pop()}}}}}; {known}", 2)
-    files = {}
+        wanted = "it must have array, and names that slurm/array.sbatch.template has"
+        fail(f"--template {args.template}: look at {{{{{unknown.pop()}}}}}; {wanted}", 2)
+
+    write_file(folder / "commands.txt", commands)
+    write_file(folder / "logs" / ".keep", "")  # sbatch does not make the folder
+    submit_all = "#!/bin/sh\n# Submits all of this sweep's arrays.\nset -e\nunset SLURM_RESTART_COUNT\n"
+    paths = []
     for i, (offset, size, share) in enumerate(arrays, 1):
         path = folder / ("array.sbatch" if len(arrays) == 1 else f"array_{i}.sbatch")
         values["array"] = f"1-{size}" if share is None else f"1-{size}%{share}"
         values["offset"] = offset
         values["file"] = path
-        files[path] = re.sub(r"{{\s*(\w+)\s*}}", lambda match: str(values[match[1]]), template)
-    for leftover in set(folder.glob("array*.sbatch")) - files.keys():  # an earlier call made more files
-        leftover.unlink()
-    write_file(folder / "commands.txt", commands)
-    write_file(folder / "logs" / ".keep", "")  # sbatch does not make the folder
-    for path, content in files.items():
-        write_file(path, content)
-    submit_all = "".join(f"sbatch {shlex.quote(str(path.absolute()))}\n" for path in files)
-    start = "#!/bin/sh\n# Submits all of this sweep's arrays.\nset -e\nunset SLURM_RESTART_COUNT\n"
-    write_file(folder / "submit_all.sh", start + submit_all)
-    return list(files)
+        write_file(path, re.sub(r"{{\s*(\w+)\s*}}", lambda match: str(values[match[1]]), template))
+        submit_all += f"sbatch {shlex.quote(str(path.absolute()))}\n"
+        paths.append(path)
+    write_file(folder / "submit_all.sh", submit_all)
+    return paths
 
 
 def submit(paths: list) -> None:
@@ -1228,9 +1070,8 @@ def submit(paths: list) -> None:
         result = subprocess.run(["sbatch", "--parsable", path], capture_output=True, text=True)
         if result.returncode:
             message = f"sbatch {path} failed: {' '.join(result.stderr.split())}"
-            if re.search("MaxSubmit|job submit limit", result.stderr):
-                message += ". You may queue only so many tasks (MaxSubmitJobs): wait until some have ended"
-                message += ", or have fewer with --runs-per-task"
+            if re.search("MaxSubmit|job submit limit", result.stderr):  # the number of tasks that a user may queue
+                message += ". For MaxSubmitJobs, wait until some have ended, or have fewer with --runs-per-task"
             rest = " && ".join(f"sbatch {path}" for path in paths[i:])
             fail(f"{message}. To submit what is left: {rest}")
         print(f"submitted {path} as job {result.stdout.strip().split(';')[0]}; logs in {path.parent}/logs/", flush=True)
@@ -1278,12 +1119,12 @@ def main() -> int:
     args.action = args.action.lower()  # gen_dgrl's are in capitals
     check_args(args)
     path = Path(args.grid_config)
-    if path.suffix != ".json" and not os.path.isfile(path):
+    if path.suffix != ".json" and not path.is_file():
         path = resolve_path(f"grids/{args.grid_config}.json")
     args.job_name = args.job_name or re.sub(r"[^\w.+-]", "_", path.stem)
     runs = expand(args, path)
     if args.action in ("status", "plot") or args.only_missing:
-        require_known_paths(runs)
+        require_known_paths(runs[0].settings)
     if args.action == "status":
         return print_status(args, runs)
     if args.action == "plot":
@@ -1291,8 +1132,7 @@ def main() -> int:
         plot(runs, Path(args.output or f"{path.stem}.png"), reference)
         return 0
     if args.only_missing:
-        states = [progress.state for progress in progress_of(runs)]
-        runs = [run for run, state in zip(runs, states) if state not in ("done", "running")]
+        runs = [run for run, seed in zip(runs, progress_of(runs)) if seed.state not in ("done", "running")]
     if args.action == "print":
         for run in runs:
             print(run.command)

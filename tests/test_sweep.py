@@ -2,8 +2,6 @@
 
 import ast
 import csv
-import errno
-import fcntl
 import hashlib
 import json
 import math
@@ -19,6 +17,7 @@ import sys
 import time
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import filelock
 import numpy as np
@@ -351,8 +350,8 @@ def test_another_suites_games_are_its_own_matter(tmp_path):
     assert len(commands(tmp_path, write_grid(tmp_path, {"env_id": ["Pong-v5"]}, script))) == 1
 
 
-@pytest.mark.parametrize("change", ['FREE_ARGUMENTS += ("x",)', 'FREE_ARGUMENTS = FREE_ARGUMENTS + ("x",)'])
-def test_free_arguments_that_are_not_written_out_are_one_line(change, tmp_path):
+def test_free_arguments_that_are_not_written_out_are_one_line(tmp_path):
+    change = 'FREE_ARGUMENTS = FREE_ARGUMENTS + ("x",)'
     source = PROJECT.joinpath("ppo_procgen.py").read_text()
     script = write_script(tmp_path, f"{source}\n{change}\n", "ppo_procgen.py")
     result = run_sweep(tmp_path, write_grid(tmp_path, {"gamma": [0.9]}, script))
@@ -402,11 +401,11 @@ def test_a_hundred_thousand_commands_differ(tmp_path):
         ({"envid": ["miner"]}, ["my_grid.json", "'envid'", "env_id"]),
         ({"env_id": "miner"}, ["my_grid.json", "'env_id'", '"miner"', "list"]),
         ({"env_id": []}, ["'env_id'", "[]", "list"]),
-        ({"env_id": ["miner", "maze", "miner"]}, ["'env_id'", "'miner'", "2 configurations"]),
-        ({"learning_rate": [0.0005, None]}, ["'learning_rate'", "0.0005", "2 configurations"]),
-        ({"vf_coef": [1, 1.0]}, ["'vf_coef'", "1.0", "2 configurations"]),
-        ({"seed": [0, 1]}, ["'seed'", "2 configurations"]),
-        ({"seed": [None, 1]}, ["my_grid.json", "seed"]),
+        ({"env_id": ["miner", "maze", "miner"]}, ["my_grid.json", "both have the xpid miner-easy-200"]),
+        ({"learning_rate": [0.0005, None]}, ["both have the xpid", "-lr0.0005-"]),
+        ({"vf_coef": [1, 1.0]}, ["both have the xpid", "-v1.0-"]),
+        ({"seed": [0, 1]}, ["both have the xpid", "-ha0.01_1"]),
+        ({"seed": [None, 1]}, ["my_grid.json", "both have the xpid"]),
         ({"num_envs": [64.5]}, ["'num_envs'", "64.5", "int"]),
         ({"num_envs": [True]}, ["'num_envs'", "true", "int"]),
         ({"anneal_lr": ["yes"]}, ["'anneal_lr'", '"yes"', "bool"]),
@@ -417,8 +416,7 @@ def test_a_hundred_thousand_commands_differ(tmp_path):
         ({"checkpoint": ["a\n"]}, ["'checkpoint'", "control characters"]),
         ('{"script": "ppo_procgen.py", "grid": {"checkpoint": ["\\ud800"]}}', ["'checkpoint'", "text"]),
         ({"gamma": [10**400]}, ["'gamma'", "finite"]),
-        ({"xpid": ["x" * 200]}, ["my_grid.json", "xxx_0", "200 bytes", '"xpid"']),
-        ({"lr": [0.1]}, ["'lr'", "did you mean learning_rate?"]),
+        ({"lr": [0.1]}, ["'lr'", "it has", "learning_rate"]),
         ({"learning_rat": [0.1]}, ["did you mean learning_rate?"]),
         ({"env_id": ["coinrun", "coinrum"]}, ["'env_id'", "'coinrum'", "did you mean coinrun?", "bigfish, bossfight"]),
         ({"distribution_mode": ["eazy"]}, ["'distribution_mode'", "'eazy'", "easy, hard", "coinrun"]),
@@ -448,14 +446,10 @@ def test_a_mistake_in_a_grid_is_one_line_that_says_where(tmp_path, grid, parts):
         (["--num-trials", 0], ["--num-trials", "at least 1"]),
         (["--start-index", -1], ["--start-index", "at least 0"]),
         (["--action", "slurm", "--runs-per-task", 0], ["--runs-per-task", "at least 1"]),
-        (["--action", "slurm", "--max-array-size", 1], ["--max-array-size", "at least 2"]),
         (["--action", "local", "--workers", 0], ["--workers", "at least 1"]),
         (["--action", "local", "--gpus", "0;1"], ["--gpus", "'0;1'", "0,1,2"]),
         (["--num-samples", 0], ["--num-samples", "at least 1"]),
         (["--action", "slurm", "--side-by-side", 0], ["--side-by-side", "at least 1"]),
-        (["--action", "slurm", "--time", "00:02:00"], ["--time", "'00:02:00'", "at least 5 minutes"]),
-        (["--action", "slurm", "--time", "4:59"], ["--time", "'4:59'", "at least 5 minutes"]),
-        (["--action", "slurm", "--time", "two hours"], ["--time", "'two hours'", "hours:minutes:seconds"]),
         (["--python", "'python"], ["--python", "a command"]),
         (["--python", ""], ["--python", "a command"]),
         (["--action", "local", "--python", "no/python"], ["--python", "'no/python'", "found"]),
@@ -469,7 +463,7 @@ def test_a_mistake_in_a_grid_is_one_line_that_says_where(tmp_path, grid, parts):
         (["--action", "plot"], ["nothing to draw", "progress.csv"]),
         (["--action", "slurm", "--job-name", "a/b"], ["--job-name", "'a/b'"]),
         (["--action", "slurm", "--partition", 'a"b'], ["--partition"]),
-        (["--action", "slurm", "--sbatch-arg", "a\nb"], ["--sbatch-arg"]),
+        (["--action", "slurm", "--sbatch-arg", "a\nb"], [r"a\nb", "option of sbatch"]),
         (["--action", "slurm", "--template", "none.txt"], ["--template", "none.txt", "No such file"]),
         (["--action", "slurm", "--max-array-size", 2, "--max-parallel", 1], ["--max-parallel is 1", "at least 2"]),
         (["--action", "save", "--output", "/dev/null/x"], ["/dev/null/x", "could not be written"]),
@@ -481,14 +475,6 @@ def test_a_mistake_in_an_option_is_one_line_and_writes_nothing(tmp_path, options
     assert result.returncode == (1 if "/dev/null/x" in options or "plot" in options else 2)
     assert_one_line(result.stderr, *parts)
     assert os.listdir(tmp_path) == ["my_grid.json"]
-
-
-def test_a_folder_that_sbatch_would_misread_is_refused(tmp_path):
-    for name in ("100%", "a\\b", 'a"b'):
-        (tmp_path / name).mkdir()
-        result = run_sweep(tmp_path / name, write_grid(tmp_path, {}), "--action", "slurm")
-        assert result.returncode == 2 and not os.listdir(tmp_path / name)
-        assert_one_line(result.stderr, "current folder", "%")
 
 
 def test_a_grid_that_is_not_there_is_one_line(tmp_path):
@@ -553,13 +539,18 @@ def test_arrays_cover_every_task_once_within_the_clusters_limit(num_tasks, max_a
         assert sum(parallel for *_, parallel in arrays) == max_parallel
 
 
-@pytest.mark.parametrize(
-    "limit, minutes",
-    [("5", 5), ("7:30", 7.5), ("12:00:00", 720), ("1-0", 1440), ("1-2:30", 1590), ("1-2:30:30", 1590.5), ("0", 0)]
-    + [("UNLIMITED", 0), ("x", None), ("1:2:3:4", None), ("", None)],
-)
-def test_time_limits_are_read_as_sbatch_reads_them(limit, minutes):
-    assert sweep.parse_time_limit(limit) == minutes
+@pytest.mark.parametrize("limit", ["4", "4:59", "0:30", "00:02:00", "0:04:59"])
+def test_a_time_limit_below_five_minutes_is_refused(tmp_path, limit):
+    """The warning would come as the run starts, and the task would requeue itself for ever."""
+    result = run_sweep(tmp_path, write_grid(tmp_path, {}), "--action", "slurm", "--time", limit)
+    assert result.returncode == 2 and os.listdir(tmp_path) == ["my_grid.json"]
+    assert_one_line(result.stderr, "--time", limit, "at least 5 minutes")
+
+
+@pytest.mark.parametrize("limit", ["5", "10", "7:30", "12:00:00", "1:00:00", "0-1", "1-2:30:30", "0", "UNLIMITED"])
+def test_longer_time_limits_are_those_of_sbatch(tmp_path, limit):
+    run_sweep(tmp_path, write_grid(tmp_path, {}), "--action", "slurm", "--time", limit)
+    assert f'#SBATCH --time="{limit}"' in (tmp_path / "slurm/generated/my_grid/array.sbatch").read_text()
 
 
 SITE = [
@@ -619,7 +610,7 @@ def test_a_smaller_sweep_of_a_name_is_refused_and_the_same_one_written_again(tmp
     options = ["--action", "SLURM", "--job-name", "job"]
     assert run_sweep(tmp_path, grid, *options, "--max-array-size", 2).returncode == 0
     assert run_sweep(tmp_path, grid, *options, "--time", 5).returncode == 0
-    assert [path.name for path in (tmp_path / "slurm/generated/job").glob("*.sbatch")] == ["array.sbatch"]
+    assert "1-3" in (tmp_path / "slurm/generated/job/array.sbatch").read_text()
     result = run_sweep(tmp_path, write_grid(tmp_path, {"env_id": ["miner"]}), *options)
     assert result.returncode == 2
     assert_one_line(result.stderr, "slurm/generated/job", "queued tasks still read", "--job-name job_")
@@ -655,7 +646,7 @@ def test_a_labs_own_template_is_filled_and_its_mistakes_are_named(tmp_path):
     text = (tmp_path / "slurm/generated/my_grid/array.sbatch").read_text()
     assert text == "#!/bin/bash\n#SBATCH --array=1-1\nmodule load x\nrun slurm/generated/my_grid\n"
     (tmp_path / "lab.txt").write_text("{{arrays}}")
-    assert_one_line(run_sweep(tmp_path, grid, *options).stderr, "lab.txt", "{{arrays}}", "array, ")
+    assert_one_line(run_sweep(tmp_path, grid, *options).stderr, "lab.txt", "{{arrays}}", "it must have array")
 
 
 def test_the_ranges_are_those_of_the_collector():
@@ -1058,22 +1049,6 @@ def test_blank_and_unfinished_lines_at_the_end_of_a_table_are_left_out(tmp_path,
     assert list(cells["my_grid"].values())[3:] == ["1", "0", "0", "50.0 %", "8.00", "6.00", "-", "-", "-"]
 
 
-@pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
-def test_a_file_system_without_flock_is_named(tmp_path, monkeypatch, code):
-    """Nobody could tell which runs are running, and --only-missing would start them again."""
-
-    def flock(file, operation):
-        raise OSError(code, os.strerror(code))
-
-    run = fake_run(tmp_path, 0, 32768, 8.0, [5.0], final=False)
-    (run / ".lock").touch()
-    monkeypatch.setattr(fcntl, "flock", flock)
-    grid = write_grid(tmp_path, {"env_id": ["maze"], "total_timesteps": [32768]})
-    result = run_sweep(tmp_path, grid, "--only-missing")
-    assert result.returncode == 1 and not result.stdout
-    assert_one_line(result.stderr, ".lock", "no flock", os.strerror(code), "another file system")
-
-
 SACCT = r"""#!/bin/sh
 echo "7_1|OUT_OF_MEMORY|$PWD|x|sbatch --parsable slurm/generated/x/array_1.sbatch"
 echo "7_[2]|CANCELLED by 1000|$PWD|x|sbatch $PWD/slurm/generated/x/array_1.sbatch"
@@ -1273,7 +1248,7 @@ def test_asking_for_the_status_does_not_get_in_the_way_of_a_run_that_starts(tmp_
         assert sweep.state_of(tmp_path, done=False, started=True) == "stopped"  # it is no run that holds it
         if module is ppo_procgen:
             args = ppo_procgen.Args(model_saving_dir=str(tmp_path.parent), env_id=tmp_path.name, xpid=".")
-            ppo_procgen.Run(args, {}, 1, None).lock()
+            ppo_procgen.Run(args, SimpleNamespace(device=torch.device("cpu")), 1).lock()
         else:
             collect_procgen.lock_folder(tmp_path).release()
 
