@@ -15,6 +15,7 @@ Exit codes: 0 done, 1 failed, 2 bad arguments or a bad grid, 3 (status) not ever
 import ast
 import csv
 import difflib
+import errno
 import fcntl
 import functools
 import hashlib
@@ -195,6 +196,8 @@ def check_args(args: Args) -> None:
             words = []
         is_found = words and (args.action != "local" or shutil.which(words[0]))
         require(is_found, "python", "a command that can be found, such as python or 'nice -n 19 python'")
+    if args.submit and not shutil.which("sbatch"):
+        fail("--submit needs sbatch, which is not installed here; leave it out, and submit where it is", 2)
 
 
 def read_file(path: Path, name: str) -> str:
@@ -477,6 +480,11 @@ def state_of(folder: Path, done: bool, started: bool) -> str:
         return "done" if done else "running"
     except FileNotFoundError:
         pass
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+            raise
+        why = f"its file system has no flock ({error.strerror}), so it is not known which runs are running"
+        fail(f"{folder / '.lock'} cannot be locked: {why}; put the runs on another file system")
     if done:
         return "done"
     return "stopped" if started else "not started"

@@ -2,6 +2,8 @@
 
 import ast
 import csv
+import errno
+import fcntl
 import hashlib
 import json
 import math
@@ -1265,3 +1267,28 @@ def test_the_status_needs_defaults_that_are_not_computed(tmp_path):
     result = run_sweep(tmp_path, grid, "--action", "status")
     assert result.returncode == 2
     assert_one_line(result.stderr, "status", "total_timesteps")
+
+
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_flock_is_named(tmp_path, monkeypatch, code):
+    """Nobody could tell which runs are running, and --only-missing would start them again."""
+
+    def flock(file, operation):
+        raise OSError(code, os.strerror(code))
+
+    run = fake_run(tmp_path, 0, 32768, 8.0, [5.0], final=False)
+    (run / ".lock").touch()
+    monkeypatch.setattr(fcntl, "flock", flock)
+    grid = write_grid(tmp_path, {"env_id": ["maze"], "total_timesteps": [32768]})
+    result = run_sweep(tmp_path, grid, "--only-missing")
+    assert result.returncode == 1 and not result.stdout
+    assert_one_line(result.stderr, ".lock", "no flock", os.strerror(code), "another file system")
+
+
+def test_submitting_without_sbatch_is_refused_before_a_file_is_written(tmp_path, monkeypatch):
+    grid = write_grid(tmp_path, {"env_id": ["maze"]})
+    monkeypatch.setenv("PATH", str(tmp_path))
+    result = run_sweep(tmp_path, grid, "--action", "slurm", "--submit")
+    assert result.returncode == 2
+    assert_one_line(result.stderr, "--submit needs sbatch")
+    assert not (tmp_path / "slurm").exists()
