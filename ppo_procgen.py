@@ -102,7 +102,8 @@ class Args:
     wandb_entity: str | None = None  # Weights & Biases team
 
 
-# Arguments that do not affect the result. They are not in the run's name and may change on --resume.
+# Arguments that do not affect the result. They are not in the run's name and may change on --resume, but for
+# total_timesteps with anneal_lr; save_dataset may only be switched off.
 FREE_ARGUMENTS = (
     "total_timesteps", "log_interval", "archive_interval", "num_eval_episodes", "cuda", "torch_deterministic",
     "save_dataset", "xpid", "model_saving_dir", "resume", "track", "wandb_project_name", "wandb_entity",
@@ -194,8 +195,8 @@ class Agent(nn.Module):
 def compute_gae(rewards, values, dones, next_value, next_done, gamma, gae_lambda):
     """Generalised advantage estimation (Schulman et al. 2016, equation 16).
 
-    rewards, values, dones are (num_steps, num_envs); next_value, next_done (num_envs,). dones[t] tells that frame t is
-    the first of an episode: nothing flows back across it. Returns advantages and returns, each (num_steps, num_envs).
+    rewards, values, dones are (num_steps, num_envs); next_value, next_done (num_envs,). dones[t] is True if frame t
+    starts an episode: nothing flows back across it. Returns advantages and returns, each (num_steps, num_envs).
     """
     advantages = torch.zeros_like(rewards)
     advantage = torch.zeros_like(next_value)
@@ -258,7 +259,7 @@ def make_envs(args: Args) -> gym.Env:
 
 
 def make_test_envs(args: Args) -> gym.Env:
-    """The levels above the training range, all of them. With num_levels=0 there are none, and the two are the same."""
+    """All levels above the training range. With num_levels=0 none are left: then they are the training levels."""
     first_level = args.start_level + args.num_levels
     return ProcgenVectorEnv(args.num_eval_episodes, args.env_id, args.distribution_mode, first_level, 0, args.seed)
 
@@ -266,9 +267,10 @@ def make_test_envs(args: Args) -> gym.Env:
 class TrainState:
     """Everything that an exact continuation needs. What your fork carries from one iteration to the next belongs here.
 
-    Add a line to each of the three functions, and use the attribute by its name (state.my_thing), never through a local
-    variable. state_dict returns tensors and plain Python values only, which torch.load reads with weights_only=True.
-    The state_dict of a module has its parameters and buffers, and nothing else that is in the module.
+    Add a line to each of the three functions, and use the attribute by its name (state.my_thing); a local alias is fine
+    only for an object that is changed in place and never replaced. state_dict returns tensors and plain Python values
+    only, which torch.load reads with weights_only=True. The state_dict of a module has its parameters and buffers, and
+    nothing else that is in the module.
     """
 
     def __init__(self, args: Args, device: torch.device):
@@ -347,6 +349,16 @@ def evaluate(agent, envs, start_states, seed, device) -> dict:
     return {"returns": returns, "lengths": lengths, "level_complete": level_complete}
 
 
+def check_finite(iteration: int, losses: dict, state: TrainState) -> None:
+    """Exit with code 1 if the losses of an iteration, or the outputs of the new weights, are not finite."""
+    with torch.inference_mode():  # the losses were computed before the last optimizer step, so check its effect as well
+        logits, values = state.agent(state.next_obs)
+    finite = logits.isfinite().all() and values.isfinite().all()
+    losses = {name: value for name, value in losses.items() if name != "explained_variance"}  # nan without rewards
+    if not finite or not all(math.isfinite(value) for value in losses.values()):
+        fail(f"training diverged in iteration {iteration}; try a smaller --learning-rate. Losses: {losses}")
+
+
 def train(args: Args) -> None:
     batch_size = args.num_envs * args.num_steps
     minibatch_size = batch_size // args.num_minibatches
@@ -368,7 +380,7 @@ def train(args: Args) -> None:
     dones = torch.zeros(shape, dtype=torch.bool, device=device)
 
     state = TrainState(args, device)
-    agent, optimizer, envs = state.agent, state.optimizer, state.envs  # changed in place, never replaced
+    agent, optimizer, envs = state.agent, state.optimizer, state.envs  # all three are changed in place
     test_envs = make_test_envs(args)
     test_start = test_envs.get_state()
 
@@ -496,7 +508,7 @@ GEN_DGRL_FLAGS = {
     "--entropy-coef": "--ent-coef", "--value-loss-coef": "--vf-coef", "--lr": "--learning-rate",
     "--eps": "--adam-eps", "--checkpoint-path": "--checkpoint", "--log-wandb": "--track",
 }  # fmt: skip
-# The games that have more modes than easy and hard. Asked for any other, Procgen's library ends the whole process.
+# The games that have more modes than easy and hard. With any other game, Procgen aborts the process.
 EXTRA_MODES = {
     "extreme": ("chaser", "dodgeball", "leaper", "starpilot"),
     "memory": ("caveflyer", "dodgeball", "heist", "jumper", "maze", "miner"),
@@ -566,7 +578,7 @@ class Recorder(gym.Wrapper):
     def take_rows(self, logprobs: torch.Tensor) -> dict:
         """The steps since the last call: arrays (T, num_envs), checksums (T,). logprobs are those of the policy."""
         if len(self.rows) != len(logprobs):
-            raise ValueError("the environments took other steps than the policy: --save-dataset does not fit a wrapper")
+            raise ValueError("a wrapper repeats or skips steps, which can't be recorded; train without --save-dataset")
         taken = {"log_probs": logprobs.cpu().numpy().copy()}
         for name in self.rows[0]:
             taken[name] = np.stack([row[name] for row in self.rows])
@@ -781,7 +793,7 @@ def keep_large_blocks() -> None:
     mallopt(trim_threshold, 2**31 - 1)
 
 
-# SIGNALS AND ERRORS
+# SIGNALS
 
 
 class Stopped(Exception):
@@ -803,16 +815,6 @@ def stop_if_asked() -> None:
     """Raise Stopped after a signal. Called before every environment step and every backward pass."""
     if signals_received:
         raise Stopped(signal.Signals(signals_received[0]).name)
-
-
-def check_finite(iteration: int, losses: dict, state: TrainState) -> None:
-    """Exit with code 1 if the losses of an iteration, or the outputs of the new weights, are not finite."""
-    with torch.inference_mode():  # the losses were computed before the last optimizer step, so check its effect as well
-        logits, values = state.agent(state.next_obs)
-    finite = logits.isfinite().all() and values.isfinite().all()
-    losses = {name: value for name, value in losses.items() if name != "explained_variance"}  # nan without rewards
-    if not finite or not all(math.isfinite(value) for value in losses.values()):
-        fail(f"training diverged in iteration {iteration}; try a smaller --learning-rate. Losses: {losses}")
 
 
 # FILES AND CHECKPOINTS
@@ -860,7 +862,7 @@ def pack_checkpoint(state: dict) -> bytes:
 
 def read_checkpoint(path: Path) -> bytes:
     if path.is_dir():
-        fail(f"--checkpoint {path} is a folder; a checkpoint is a file such as final/model_*.pt in it")
+        fail(f"--checkpoint {path} is a folder; a checkpoint is a file such as final/model_*.pt in it", 2)
     try:
         return path.read_bytes()
     except OSError as error:
@@ -962,7 +964,7 @@ class Run:
     # BEGINNING
 
     def __enter__(self):
-        """Lock the run, and decide here and only here whether it is new, resumed or finished."""
+        """Lock the run, decide here and only here whether it is new, resumed or finished, and save where it starts."""
         self.take_snapshot(test_return=None)
         pack_checkpoint(self.snapshot)  # first, so that nothing has been written if the state can't be saved
         if self.args.checkpoint is not None and not self.rolling_path.exists():
@@ -1102,7 +1104,7 @@ class Run:
             write_file(self.folder / SCRIPT, SOURCE)
         step = self.iteration * self.batch_size
         total_steps = self.num_iterations * self.batch_size
-        # What a killed process logged beyond the resumed step, TensorBoard is told to drop.
+        # Tell TensorBoard to drop what a killed process logged beyond the resumed step.
         self.writer = SummaryWriter(self.folder, purge_step=step + 1 if saved else 0)
         if not saved:
             table = "\n".join(f"|{name}|{value}|" for name, value in asdict(self.args).items())
@@ -1138,7 +1140,7 @@ class Run:
         self.start_time += time.monotonic() - start
 
     def archives(self, iteration: int) -> bool:
-        """Whether an iteration is archived; some early ones are, too, as half of all that is learnt is learnt early."""
+        """Whether an iteration is archived; 1, 2, 4, ... 32 are, too, as learning is fastest early."""
         return iteration % self.args.archive_interval == 0 or iteration in (1, 2, 4, 8, 16, 32)
 
     def end_iteration(self, metrics: dict, logprobs: torch.Tensor) -> None:
@@ -1213,7 +1215,7 @@ class Run:
     def take_snapshot(self, test_return: float | None) -> None:
         """Copy the state of a completed iteration to the host: what save() writes, now or when something ends the run.
 
-        After a GPU error that stays, the state on the GPU can't be read any more.
+        After a fatal CUDA error the GPU's memory can't be read any more, hence the copy.
         """
         self.snapshot = {
             **self.header,
@@ -1243,6 +1245,7 @@ class Run:
 
     def write_evaluated(self, folder: str, prefix: str, test_return: float) -> Path:
         """Write {prefix}{test return}.pt, then remove the one it replaces, whose name may have another return."""
+        # Enough to play the policy or to start another run: no state of environments, and none that a fork has added.
         content = {name: self.snapshot[name] for name in (*self.header, "iteration", "global_step")}
         content["test_return"] = test_return
         content["model_state_dict"] = self.snapshot["model_state_dict"]
@@ -1321,12 +1324,14 @@ class Run:
                 self.save()
             return
         self.save()
-        lost = f"{self.steps_of_iteration:,} of {self.batch_size:,} steps"
         if self.iteration == 0:
-            print(f"stopped by {error}; nothing to save yet: the first iteration had made {lost}", flush=True)
+            percent = 100 * self.steps_of_iteration // self.batch_size
+            saved = (
+                f"nothing to save yet: the first rollout was {percent} % done; the same command with --resume starts it"
+            )
         else:
             saved = f"saved after iteration {self.iteration}; the same command with --resume continues"
-            print(f"stopped by {error}, {saved}", flush=True)
+        print(f"stopped by {error}, {saved}", flush=True)
         sys.exit(EXIT_STOPPED)
 
 
@@ -1337,7 +1342,7 @@ def main() -> None:
         train(args)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's last flush fails as well
-        fail("the reader of the output has exited; the same command with --resume continues")
+        fail("stdout was closed (broken pipe); the same command with --resume continues")
     except OSError as error:
         if ".so" in str(error):  # Procgen loads shared libraries when its environments are made
             packages = "libgl1 and libglib2.0-0 (libglib2.0-0t64 on newer systems)"

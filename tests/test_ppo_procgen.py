@@ -906,7 +906,7 @@ def test_the_total_may_be_written_with_an_exponent(words, monkeypatch):
 
 def test_a_folder_is_no_checkpoint(tmp_path):
     process = runs.train(tmp_path, "--checkpoint", ".")
-    assert process.returncode == 1
+    assert process.returncode == 2
     assert_one_line(process.stderr, "--checkpoint . is a folder", "final/model_*.pt")
 
 

@@ -69,8 +69,8 @@ def collected(trained, tmp_path_factory):
 
 
 def test_its_loaders_read_a_dataset_and_a_recording_alike(collected):
-    names = {"folder": collected / "frames"}
-    exec(block("def episodes(folder"), names)
+    names = {}
+    exec(block("def episodes(folder").replace("datasets/first", str(collected / "frames")), names)
     data = list(names["episodes"](collected / "frames"))
     assert len(data) == 5
     assert all(end[-1] != x["truncations"][-1] for end, x in zip(recipes.terminals_of(data), data))
@@ -83,8 +83,8 @@ def test_its_loaders_read_a_dataset_and_a_recording_alike(collected):
 
 
 def test_its_windows_lie_within_episodes_of_the_levels_that_are_asked_for(collected):
-    names = {"folder": collected / "frames"}
-    exec(block("def episodes(folder"), names)
+    names = {}
+    exec(block("def episodes(folder").replace("datasets/first", str(collected / "frames")), names)
     data = list(names["episodes"](collected / "frames"))
     some = sorted(int(x["level_seed"]) for x in data)[1:4]
     chosen = [x for x in data if x["level_seed"] in some]
@@ -141,7 +141,7 @@ def actions_that_are_the_same(env_id, num_states):
 def test_a_checkpoint_is_loaded_as_it_says(trained):
     code = block('state = torch.load("models/').replace("models/.../final/model_9.50.pt", str(trained("bossfight")))
     names = {"frames": ppo_procgen.torch.zeros((3, 64, 64, 3), dtype=ppo_procgen.torch.uint8)}
-    exec("import torch\nfrom types import SimpleNamespace\nfrom ppo_procgen import Agent\n" + code, names)
+    exec(code, names)
     assert names["action"].shape == names["value"].shape == (3,)
 
 
