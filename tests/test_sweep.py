@@ -648,7 +648,7 @@ def test_a_labs_own_template_is_filled_and_its_mistakes_are_named(tmp_path):
     text = (tmp_path / "slurm/generated/my_grid/array.sbatch").read_text()
     assert text == "#!/bin/bash\n#SBATCH --array=1-1\nmodule load x\nrun slurm/generated/my_grid\n"
     (tmp_path / "lab.txt").write_text("{{arrays}}")
-    assert_one_line(run_sweep(tmp_path, grid, *options).stderr, "lab.txt", "{{arrays}}", "it must have array")
+    assert_one_line(run_sweep(tmp_path, grid, *options).stderr, "lab.txt", "{{arrays}}", "it must have {{array}}")
 
 
 def test_the_ranges_are_those_of_the_collector():
