@@ -1404,6 +1404,7 @@ class Verification(Recording):
         return self
 
     def segments(self):
+        print(f"{self.folder}: playing {self.recorded['steps']:,} recorded steps again", flush=True)
         self.show_progress(self.recorded["steps"])
         for number, segment in enumerate(self.metadata["segments"]):
             self.number = number
@@ -1574,6 +1575,7 @@ def make_video(args: Args, folder: Path | None, metadata: dict, rows) -> None:
     num = min(args.video, metadata["segments"][0]["num_envs"])
     if num < args.video:
         print(f"note: --video {args.video} shows {num} episodes, the first one of each environment that was played")
+    print(f"{path}: playing {num} episodes again for the video", flush=True)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -1589,7 +1591,7 @@ def make_video(args: Args, folder: Path | None, metadata: dict, rows) -> None:
         fail(f"the video {path} could not be written: {error.strerror}")
     finally:
         temporary.unlink(missing_ok=True)
-    print(f"{path}: {num} episodes")
+    print(f"{path}: {num} episodes side by side")
 
 
 def video_pictures(metadata: dict, rows, num: int, columns: int, size: int):

@@ -307,7 +307,7 @@ def test_more_videos_than_episodes_is_told(starpilot, tmp_path):
     options = "--no-save-dataset --num-episodes 2 --video 9 --no-cuda".split()
     process = run_main(collect_procgen, ["--checkpoint", str(starpilot), *options], tmp_path)
     assert process.returncode == 0 and "note: --video 9 shows 2 episodes" in process.stdout
-    assert "video.mp4: 2 episodes" in process.stdout
+    assert "video.mp4: 2 episodes side by side" in process.stdout
 
 
 def test_a_collection_that_was_killed_and_continued_makes_its_video(starpilot, tmp_path, monkeypatch):
