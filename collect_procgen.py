@@ -458,6 +458,10 @@ NO_CHECKPOINT = {
     "sha256": None,
     "args": {"distribution_mode": "easy", "start_level": 0, "num_levels": 200, "seed": 0},
 }
+GEN_DGRL_FLAGS = {
+    "--env-name": "--env-id", "--num-env-steps": "--total-timesteps", "--num-processes": "--num-envs",
+    "--checkpoint-path": "--checkpoint",
+}  # fmt: skip
 MAX_ENVS = 2**16
 LOCK_PATIENCE = 600  # seconds
 # Return ranges of Cobbe et al. 2020, appendix C, for the normalised return (R - min) / (max - min).
@@ -560,6 +564,9 @@ def read_args(words: list) -> Args:
     whole_numbers = [flag(x.name) for x in fields(Args) if x.type in (int, int | None)]
     words = list(words)
     for i, word in enumerate(words):
+        name = word.partition("=")[0].replace("_", "-")
+        if name in GEN_DGRL_FLAGS:
+            fail(f"{name} is gen_dgrl's name of an argument; here it is {GEN_DGRL_FLAGS[name]}", 2)
         following = itertools.takewhile(lambda word: not word.startswith("--"), words[i + 1 :])
         values = list(following)
         if word in ("--checkpoint", "--render", "--verify") and len(values) > 1:

@@ -302,6 +302,7 @@ def test_a_whole_number_may_have_an_exponent(text, expected):
 @pytest.mark.parametrize(
     "arguments, code, message",
     [
+        ("--env_name=coinrun --random", 2, "--env-name is gen_dgrl's name of an argument; here it is --env-id"),
         ("", 2, "give one of --checkpoint"),
         ("--checkpoint CHECKPOINT --ratio 0.5 --env-id starpilot", 2, "give one of --checkpoint"),
         ("--ratio 0.5", 2, "--env-id is None; it must be given with --ratio"),
