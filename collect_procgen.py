@@ -85,9 +85,9 @@ from procgen.env import ENV_NAMES
 class Args:
     # WHAT TO DO: one of these; --verify also together with --checkpoint
     checkpoint: str | None = None  # play this checkpoint
-    ratio: float | None = None  # play of every run of a game the checkpoint at this share of its final test return
+    ratio: float | None = None  # play each run's checkpoint whose test return is closest to this fraction of the last
     random: bool = False  # play uniformly random actions in the game --env-id
-    render: str | None = None  # draw the episodes that this recording (or a training's rollouts/) still lacks
+    render: str | None = None  # write the missing episode files of this recording (or of a training's rollouts/)
     verify: str | None = None  # play this dataset or recording again and compare; with --checkpoint its log_probs, too
 
     # LEVELS: by default the checkpoint's; with --random easy mode, levels 0 to 199 and seed 0
@@ -113,10 +113,10 @@ class Args:
     save_interval: float = 30.0  # seconds between saves, 60 at most
     ratio_checkpoint_dir: str = "models"  # with --ratio: the runs are {ratio_checkpoint_dir}/{env_id}/*
     ratio_dataset_dir: str = "test_dataset"  # with --ratio: datasets go to {run}/{ratio_dataset_dir}/{ratio}
-    iterations: tuple[int, int] | None = None  # with --render: only the episodes that end in these of the training
+    iterations: tuple[int, int] | None = None  # with --render: first and last iteration; only episodes that end there
 
     # VIDEO
-    video: int = 0  # show the first episodes of so many environments side by side
+    video: int = 0  # show the first episode of each of this many environments, side by side
     video_path: str | None = None  # an .mp4 or .gif file; by default video.mp4 in the dataset's folder
 
 
@@ -129,7 +129,7 @@ FREE_ARGUMENTS = (
 MAX_LEVEL = 2**31 - 1  # level seeds are int32
 TIME_LIMITS = {"bigfish": 6000, "bossfight": 4000, "plunder": 4000, "leaper": 500, "maze": 500}  # steps; others 1000
 AGENT_OF = "ppo_procgen.py"  # the script that has the same class Agent, word for word
-IDLE = 255  # recorded in place of an action where no further episode is wanted: the environment gets action 0
+IDLE = 255  # recorded as the action of an environment that has no episode left to play; Procgen gets action 0
 # The keys that each action stands for. Most games give the letters no meaning; the README has a table.
 ACTIONS = (
     "left+down", "left", "left+up", "down", "nothing", "up", "right+down", "right", "right+up",
@@ -246,7 +246,7 @@ class Policy:
     PyTorch is seeded before every step, so that sampling depends on the step alone.
     """
 
-    has_memory = False  # True: before a collection continues, act() is shown the steps of the last time limit
+    has_memory = False  # True: before a collection continues, act() sees its last recorded steps (one time limit) again
 
     def __init__(self, agent, args, num_envs, device):
         self.agent = agent
@@ -257,8 +257,8 @@ class Policy:
     def act(self, frames, envs, begins, actions=None):
         """Choose actions, unless they are given. Returns them and their log-probabilities, each (n,).
 
-        frames (n, 64, 64, 3) uint8 is what n of the environments show, envs (n,) which ones these are, begins (n,) bool
-        whose episode begins.
+        frames (n, 64, 64, 3) uint8: what the n playing environments show. envs (n,): the indices of these environments.
+        begins (n,) bool: True where an episode begins.
         """
         obs = torch.from_numpy(frames).to(self.device)
         given = None if actions is None else torch.from_numpy(actions).long().to(self.device)
@@ -270,7 +270,7 @@ class Policy:
         return action.cpu().numpy(), log_prob.cpu().numpy()
 
     def explore(self, obs, action, log_prob):
-        """Replace some of the actions, and their log-probabilities, by those of random actions, in place."""
+        """With probability epsilon, replace an action by a random one and log_prob by the policy's for it, in place."""
         explores = torch.rand(len(obs), device=self.device) < self.epsilon
         if explores.any():
             action[explores] = torch.randint(len(ACTIONS), (len(obs),), device=self.device)[explores]
@@ -294,7 +294,7 @@ def make_policy(args, agent, num_envs, device):
 
 @dataclass
 class Episode:
-    """An episode, complete or under way: one entry per step in each list."""
+    """A finished or unfinished episode: each list has one entry per step."""
 
     frames: list = field(default_factory=list)  # (64, 64, 3) uint8, what the policy acted on
     actions: list = field(default_factory=list)
@@ -305,28 +305,28 @@ class Episode:
 
 
 def play(levels, segment, recording=(), policy=None, follow_from=math.inf, continues=False, keep_frames=False):
-    """Play a vector of environments: what is recorded of it, and then, if it continues, what the policy chooses.
+    """Play a segment: first its recorded actions and then, if continues is True, the actions that the policy chooses.
 
     Environments of the same seed, given the same actions, show the same frames. So this one loop collects, continues
-    after a stop, draws a recording and verifies it. For each step it yields the row that came out, the recorded row or
-    None, and the episodes that ended. From step follow_from on, the policy computes the log_probs of recorded rows.
+    after a stop, draws a recording and verifies it. For each step it yields the new row, the recorded row (or None) and
+    the episodes that ended. From step follow_from on, the policy computes new log_probs for the recorded actions.
     """
     num_envs = segment["num_envs"]
     max_steps = segment.get("max_steps", math.inf)
     quota = np.full(num_envs, math.inf)
-    if "num_episodes" in segment:  # The same number for each environment: the first ones to end would be the short ones
-        share, rest = divmod(segment["num_episodes"], num_envs)
-        quota = share + (np.arange(num_envs) < rest)
+    if "num_episodes" in segment:  # fixed per environment: the first episodes to end would be mostly short
+        per_env, rest = divmod(segment["num_episodes"], num_envs)
+        quota = per_env + (np.arange(num_envs) < rest)
     envs = make_envs(num_envs, **levels, seed=segment["seed"])
-    under_way = [Episode() for _ in range(num_envs)]
-    length = np.zeros(num_envs, int)  # steps of the episodes under way
+    current = [Episode() for _ in range(num_envs)]
+    length = np.zeros(num_envs, int)  # steps of the current episodes
     finished = np.zeros(num_envs, int)  # episodes of each environment
     steps = 0
     recording = iter(recording)
     for number in itertools.count():
         frames = envs.observe()[1]["rgb"]
         recorded = next(recording, None)
-        # An episode that has started is always finished: dropping those under way would leave too few long ones.
+        # Every episode that starts is played to its end: unfinished ones are mostly long, and must not be dropped.
         may_start = (finished < quota) & (steps < max_steps)
         playing = np.flatnonzero((length > 0) | may_start)
         if recorded is None and not (continues and len(playing)):
@@ -341,7 +341,7 @@ def play(levels, segment, recording=(), policy=None, follow_from=math.inf, conti
         else:
             then_playing = np.flatnonzero(recorded["actions"] != IDLE)
             if not np.array_equal(then_playing, playing) or not len(playing):
-                raise Unfit(f"step {number} of the recording has other running episodes than its rule gives")
+                raise Unfit(f"step {number} of the recording does not play the environments that it should")
             actions[playing] = recorded["actions"][playing]
             log_probs[playing] = recorded["log_probs"][playing]
         row = {"actions": actions, "log_probs": log_probs, "checksums": np.uint32(deflate.crc32(frames))}
@@ -350,7 +350,7 @@ def play(levels, segment, recording=(), policy=None, follow_from=math.inf, conti
             row["log_probs"][playing] = policy.act(frames[playing], playing, begins, actions[playing])[1]
 
         for env in playing:
-            episode = under_way[env]
+            episode = current[env]
             episode.actions.append(actions[env])
             episode.log_probs.append(log_probs[env])
             if keep_frames:
@@ -360,7 +360,7 @@ def play(levels, segment, recording=(), policy=None, follow_from=math.inf, conti
         row["rewards"] = rewards.copy()
         row["dones"] = first.copy()
         for env in playing:
-            under_way[env].rewards.append(rewards[env])
+            current[env].rewards.append(rewards[env])
         length[playing] += 1
         steps += len(playing)
 
@@ -368,11 +368,11 @@ def play(levels, segment, recording=(), policy=None, follow_from=math.inf, conti
         infos = envs.get_info() if len(ended) else None  # get_info is slow
         episodes = []
         for env in ended:
-            episode = under_way[env]
+            episode = current[env]
             episode.level_seed = int(infos[env]["prev_level_seed"])
             episode.level_complete = bool(infos[env]["prev_level_complete"])
             episodes.append(episode)
-            under_way[env] = Episode()
+            current[env] = Episode()
         length[ended] = 0
         finished[ended] += 1
         yield row, recorded, episodes
@@ -390,7 +390,7 @@ def collect(args: Args, path: Path | None, state: dict, folder: Path | None, not
         for number, segment in dataset.segments():
             policy = make_policy(args, agent, segment["num_envs"], device)
             follow_from = math.inf
-            if policy.has_memory:  # no episode under way is longer than the time limit
+            if policy.has_memory:  # no current episode is longer than the time limit
                 follow_from = dataset.lengths[number] - time_limit(args.env_id, args.distribution_mode)
             for row, recorded, episodes in play(
                 dataset.levels,
@@ -475,7 +475,7 @@ RANGES = {
         "starpilot": (1.5, 35),
     },
 }  # fmt: skip
-# The arguments that have an effect without a collection, and those that have none with one.
+# The only arguments that --render and --verify use, and those that each kind of collection does not use.
 USED_BY = {
     "render": ("render", "iterations", "save_interval", "video", "video_path", "cuda"),
     "verify": ("verify", "checkpoint", "agent_from", "video", "video_path", "cuda"),
@@ -501,9 +501,9 @@ def fail(message: str, code: int = 1) -> NoReturn:
 
 
 class Unfit(Exception):
-    """A checkpoint or a dataset that cannot be played. With --ratio the other runs are played.
+    """A checkpoint or a dataset cannot be played. With --ratio, its run is skipped.
 
-    The exit code is 0 if nothing is wrong with the run, but it is of no use here.
+    code is the exit code. Code 0 means that the run is intact, but has nothing that --ratio can use.
     """
 
     def __init__(self, reason: str, code: int = 1):
@@ -675,7 +675,7 @@ def load_checkpoint(path: Path) -> dict:
     try:
         check_checkpoint(state)
     except Exception as error:  # depends on what is in the file
-        raise Unfit(f"checkpoint {path} is not one of these scripts ({one_line(error)})") from None
+        raise Unfit(f"checkpoint {path} was not written by these scripts ({one_line(error)})") from None
     state.pop("optimizer_state_dict", None)  # large, and of no use here
     state["sha256"] = hashlib.sha256(content).hexdigest()  # of what was read: the file may be replaced
     return state
@@ -825,7 +825,7 @@ def choose_checkpoint(run: Path, args: Args) -> tuple:
         path = closest[2]
         state = load_of_run(path, args)
         if target <= 0:
-            print(f"warning: {run.name}: the final test return is not above 0, so --ratio does not mean what it says")
+            print(f"warning: {run.name}: the final test return is not above 0, so --ratio picks no weaker policy")
     print(f"{run.name}: {path.name} with test return {state['test_return']:.2f}, wanted {target:.2f}")
     return path, state, {"ratio": args.ratio, "target_return": target}
 
@@ -844,7 +844,7 @@ def load_of_run(path: Path, args: Args) -> dict:
     """Load a checkpoint of a run. Raises Unfit if it is of another game or another script."""
     state = load_checkpoint(path)
     if state["args"]["env_id"] != args.env_id:
-        raise Unfit(f"checkpoint {path} is one of {state['args']['env_id']}")
+        raise Unfit(f"checkpoint {path} is of the game {state['args']['env_id']}")
     if state["script"] != Path(args.agent_from or AGENT_OF).name:
         raise Unfit(f"it is a run of {state['script']}; --agent-from {state['script']} collects from those", 0)
     return state
@@ -963,13 +963,13 @@ def read_chunk(path: Path, num_envs: int) -> dict:
     try:
         with np.load(path, allow_pickle=False) as file:
             chunk = {key: file[key] for key in file.files}
-        demand(chunk.keys() == ROW.keys(), "a set of keys like this")
+        demand(chunk.keys() == ROW.keys(), "its set of keys")
         length = len(chunk["checksums"])
         for key, dtype in ROW.items():
             shape = (length,) if key == "checksums" else (length, num_envs)
-            demand(chunk[key].dtype == dtype and chunk[key].shape == shape, f"{key} of this shape or type")
+            demand(chunk[key].dtype == dtype and chunk[key].shape == shape, f"the shape or type of {key}")
         actions = chunk["actions"]
-        demand(((actions < len(ACTIONS)) | (actions == IDLE)).all(), "an action like this")
+        demand(((actions < len(ACTIONS)) | (actions == IDLE)).all(), "one of its actions")
         demand((chunk["log_probs"] <= 0).all(), "a log-probability above 0")
     except Exception as error:  # numpy and zipfile raise many kinds
         raise Unfit(f"{path} is damaged ({one_line(error)})") from None
@@ -1083,7 +1083,7 @@ class Recording:
         self.lengths = []  # of each segment, the number of its recorded steps
         self.recorded = {"episodes": 0, "steps": 0}
         self.drawn = {}  # path of each episode that has its frames, by index
-        self.strangers = []  # what is wrong with the other files among the episodes
+        self.misplaced = []  # a message for each file among the episodes that is not one of them
         self.same_build = True  # whether this is the build of Procgen that drew the frames
         self.summary = []  # (return, length, level_complete, level_seed) of each episode played
         self.number = 0  # of the segment that is being played
@@ -1125,17 +1125,17 @@ class Recording:
 
     def find_episodes(self) -> None:
         self.drawn = {}
-        self.strangers = []
+        self.misplaced = []
         own = self.folder / self.metadata["env_id"]
         elsewhere = [path for path in self.folder.glob("*/*.npz") if path.parent != own]
-        self.strangers += [f"{path} is an episode outside {own.name}/" for path in sorted(elsewhere)]
+        self.misplaced += [f"{path} is an episode outside {own.name}/" for path in sorted(elsewhere)]
         for path in sorted(own.glob("*")):
             match = EPISODE_NAME.fullmatch(path.name)
             index = int(match[1]) if match else 0
             if not 1 <= index <= self.recorded["episodes"]:
-                self.strangers.append(f"{path} is not one of the {self.recorded['episodes']} recorded episodes")
+                self.misplaced.append(f"{path} is not one of the {self.recorded['episodes']} recorded episodes")
             elif index in self.drawn:
-                self.strangers.append(f"{path} is there twice: {self.drawn[index].name}")
+                self.misplaced.append(f"{path} is there twice: {self.drawn[index].name}")
             else:
                 self.drawn[index] = path
 
@@ -1177,9 +1177,9 @@ class Recording:
 
 
 class Dataset(Recording):
-    """A recording that is written or drawn. With about, the metadata of a collection, it may grow.
+    """A recording that a collection extends (about is its metadata) or that --render draws (about is None).
 
-    Without a folder it stays in memory: an evaluation.
+    If folder is None, it stays in memory: the collection is only an evaluation.
     """
 
     def __init__(self, args: Args, folder: Path | None, about: dict | None = None):
@@ -1221,8 +1221,8 @@ class Dataset(Recording):
             here = versions()["procgen"]
             drawn_by = self.metadata["versions"]["procgen"]
             fail(f"{self.folder} was recorded by {drawn_by}, which draws other frames than {here} here", 2)
-        if self.strangers:
-            fail(f"{self.strangers[0]}; move it away")
+        if self.misplaced:
+            fail(f"{self.misplaced[0]}; move it away")
         if self.about is not None:
             self.continue_as(self.about)
         if self.args.iterations is not None:
@@ -1399,8 +1399,8 @@ class Verification(Recording):
         self.checking = deque()  # futures of the episodes that are being compared
         self.pool = ThreadPoolExecutor(CORES)
         self.log_prob_error = 0.0
-        for stranger in self.strangers:
-            self.blame(stranger)
+        for message in self.misplaced:
+            self.blame(message)
         return self
 
     def segments(self):
@@ -1515,7 +1515,7 @@ def write_card(folder: Path, metadata: dict) -> None:
     if metadata["args"]["random"]:
         policy = "uniformly random actions"
     if metadata["args"]["epsilon"]:
-        policy += f", mixed with a share of {metadata['args']['epsilon']} of uniformly random actions"
+        policy += f", but each action is uniformly random with probability {metadata['args']['epsilon']}"
     levels = f"{metadata['num_levels'] or 'all'} levels from level {metadata['start_level']} up"
     packages = ", ".join(f"{name} {version}" for name, version in metadata["versions"].items())
     text = f"""{CARD_MARK}

@@ -98,7 +98,7 @@ FLAGS_OF_ACTION = {  # a flag that is not listed fits every action
 }
 MAY_BE_ZERO = ("start_index", "sample_seed", "max_restarts")  # other whole numbers are at least 1
 PLAIN_TYPES = ("int", "float", "bool", "str")  # that a grid can set
-# Arguments that every name of a run has, and what precedes their values. "script" is the name of its file.
+# The arguments that are in every run's name, and the prefixes of their values. "script" stands for its file name.
 IN_EVERY_NAME = {
     "env_id": "", "distribution_mode": "", "num_levels": "", "script": "", "learning_rate": "lr",
     "update_epochs": "epoch", "num_minibatches": "mb", "vf_coef": "v", "ent_coef": "ha",
@@ -106,7 +106,8 @@ IN_EVERY_NAME = {
 # The arguments that decide where collect_procgen.py writes.
 DATASET_ARGUMENTS = "env_id ratio ratio_checkpoint_dir ratio_dataset_dir checkpoint dataset_saving_dir".split()
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-DAMAGE = (OSError, ValueError, ArithmeticError, LookupError, TypeError, AttributeError, csv.Error)  # by a bad file
+# What reading a damaged file can raise.
+DAMAGE = (OSError, ValueError, ArithmeticError, LookupError, TypeError, AttributeError, csv.Error)
 EXIT_STOPPED = 75  # of a script that was stopped by a signal with everything saved
 UNSAFE = "[\0-\x1f\x7f-\x9f\ud800-\udfff]"  # control characters, and halves of surrogate pairs
 HERE = Path(__file__).parent
@@ -197,7 +198,7 @@ def check_args(args: Args) -> None:
         is_found = words and (args.action != "local" or shutil.which(words[0]))
         require(is_found, "python", "a command that can be found, such as python or 'nice -n 19 python'")
     if args.submit and not shutil.which("sbatch"):
-        fail("--submit needs sbatch, which is not installed here; leave it out, and submit where it is", 2)
+        fail("--submit needs sbatch, which is not installed here; leave --submit out, and submit where sbatch is", 2)
 
 
 def read_file(path: Path, name: str) -> str:
@@ -216,7 +217,7 @@ def write_file(path: Path, content: str) -> None:
 
 
 def resolve_path(path: str) -> Path:
-    """A file of the current folder or else of the one that this script is in."""
+    """The path itself if it exists from the current folder; otherwise, the path from this script's folder."""
     return Path(path) if os.path.exists(path) else HERE / path
 
 
@@ -263,7 +264,7 @@ def read_script(path: Path) -> Script:
             try:
                 constants[name] = ast.literal_eval(node.value)
             except ValueError:
-                fail(f"the grid's script {path}: {name} must be written out in one piece", 2)
+                fail(f"the grid's script {path}: {name} must be a literal, without names or calls", 2)
     if "agent_from" in defaults:
         defaults["agent_from"] = constants["AGENT_OF"]
     return Script(path, annotations, defaults, computed, constants["FREE_ARGUMENTS"], constants["EXTRA_MODES"])
@@ -319,7 +320,7 @@ def read_value(path: Path, name: str, value, annotation: str):
         return None
     where = f"{path}: {name!r} is {json.dumps(value)[:300]}"
     if isinstance(value, (int, float)) and not -1e308 < value < 1e308:
-        fail(f"{where}; a finite number is wanted", 2)
+        fail(f"{where}; it must be a finite number", 2)
     if isinstance(value, str) and re.search(UNSAFE, value):
         fail(f"{where}; it must be text without control characters", 2)
     value = as_annotated(value, annotation)
@@ -329,12 +330,12 @@ def read_value(path: Path, name: str, value, annotation: str):
     else:
         is_valid = value in ast.literal_eval(type_name.removeprefix("Literal"))
     if not is_valid:
-        fail(f"{where}; {type_name} is wanted", 2)
+        fail(f"{where}; it must be of type {type_name}", 2)
     return value
 
 
 def check_game(path: Path, script: Script, settings: dict) -> None:
-    """Exit with code 2 and one line if Procgen does not have this game, or the game not this mode."""
+    """Exit with code 2 and one line if Procgen does not have this game, or this game does not have the mode."""
     env_id, mode = settings.get("env_id"), settings.get("distribution_mode")
     if env_id is None or script.extra_modes is None:
         return
@@ -392,7 +393,7 @@ def seeds_of(args: Args, path: Path, script: Script, grid: dict) -> list:
     if seeds == [None] and args.num_trials == 1 and args.start_index == 0 and "xpid" not in script.defaults:
         return seeds  # the script chooses
     if None in seeds:
-        fail(f'{path}: to count seeds up, whole numbers to begin with are needed, such as "seed": [0]', 2)
+        fail(f'{path}: seeds count up from those of the grid, which must be whole numbers, such as "seed": [0]', 2)
     return [seed + args.start_index + trial for seed in seeds for trial in range(args.num_trials)]
 
 
@@ -405,7 +406,7 @@ def configurations_of(args: Args, path: Path, grid: dict) -> list:
         fail(f"--num-samples is {args.num_samples}; {path} has {total} configurations", 2)
     generator = random.Random(args.sample_seed)
     picked = set()
-    while len(picked) < args.num_samples:  # a larger number includes the first ones
+    while len(picked) < args.num_samples:  # a larger --num-samples includes the samples of a smaller one
         picked.add(generator.randrange(total))
     configurations = []
     for index in sorted(picked):
@@ -472,7 +473,7 @@ def expand(args: Args, path: Path) -> list:
 
 
 def state_of(folder: Path, done: bool, started: bool) -> str:
-    """One of STATES. The scripts wait a second for the lock of their folder, so asking does not get in their way."""
+    """One of STATES. This locks the folder for a moment; a script that starts just then waits for the lock."""
     try:
         with open(folder / ".lock") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # released as the file is closed
@@ -598,7 +599,7 @@ def commands_here() -> set:
 
 
 def read_progress(run: Run, commands: set = frozenset()) -> Progress:
-    """What the files of a run say, and the arguments of the processes of this machine."""
+    """A run's progress, from its files. commands: the arguments of the processes here; a run among them is running."""
     try:
         is_training = "xpid" in run.settings
         progress = training_progress(run.settings) if is_training else collection_progress(run.settings)
@@ -756,7 +757,7 @@ def align(curves: list) -> tuple:
 
 
 def draw(axes, steps: np.ndarray, returns: np.ndarray, linewidth: float, **style) -> None:
-    """Draw returns, (seed, step): mean and deviation as far as all seeds have come, and from there each seed, thin."""
+    """Draw returns (seed, step): mean and deviation while all seeds have values, and then a thin line per seed."""
     returns = returns[~np.isnan(returns).all(axis=1)]
     if len(returns) == 0:
         return
@@ -914,7 +915,7 @@ def output_of(*command) -> str:
 
 
 def start_command(run: Run, log: Path, environment: dict) -> subprocess.Popen:
-    """In a session of its own, so that Ctrl-C reaches it through this process, once."""
+    """Start a command in its own session: Ctrl-C then reaches only this process, which stops the command."""
     with open(log, "a") as file:
         print(f"== {run.command}", file=file, flush=True)
         options = {"stdin": subprocess.DEVNULL, "stdout": file, "stderr": file, "start_new_session": True}
@@ -922,7 +923,7 @@ def start_command(run: Run, log: Path, environment: dict) -> subprocess.Popen:
 
 
 def outcome_of(run: Run, code: int, stopping: bool) -> str:
-    """How a command has ended, by its exit code. While it imports, SIGTERM ends it, and there is nothing to save."""
+    """How a command ended, by its exit code. SIGTERM kills a command that still imports; this counts as stopped."""
     if code == 0:
         return "done"
     if code == EXIT_STOPPED or (stopping and code in (-signal.SIGTERM, 128 + signal.SIGTERM)):
@@ -1019,8 +1020,8 @@ def split_tasks(num_tasks: int, max_array_size: int, max_parallel: int | None) -
     offsets = range(0, num_tasks, size)
     arrays = []
     for i, offset in enumerate(offsets):
-        share = None if max_parallel is None else (max_parallel + i) // len(offsets)
-        arrays.append((offset, min(size, num_tasks - offset), share))
+        at_a_time = None if max_parallel is None else (max_parallel + i) // len(offsets)
+        arrays.append((offset, min(size, num_tasks - offset), at_a_time))
     return arrays
 
 
@@ -1053,16 +1054,16 @@ def write_sbatch(args: Args, runs: list) -> list:
     placeholders = set(re.findall(r"{{\s*(\w+)\s*}}", template))
     unknown = placeholders - values.keys() or {"array"} - placeholders
     if unknown:
-        wanted = "it must have array, and names that slurm/array.sbatch.template has"
-        fail(f"--template {args.template}: look at {{{{{unknown.pop()}}}}}; {wanted}", 2)
+        wanted = "it must have {{array}}, and only names of slurm/array.sbatch.template"
+        fail(f"--template {args.template}: {{{{{unknown.pop()}}}}} is missing or unknown; {wanted}", 2)
 
     write_file(folder / "commands.txt", commands)
     write_file(folder / "logs" / ".keep", "")  # sbatch does not make the folder
     submit_all = "#!/bin/sh\n# Submits all of this sweep's arrays.\nset -e\nunset SLURM_RESTART_COUNT\n"
     paths = []
-    for i, (offset, size, share) in enumerate(arrays, 1):
+    for i, (offset, size, at_a_time) in enumerate(arrays, 1):
         path = folder / ("array.sbatch" if len(arrays) == 1 else f"array_{i}.sbatch")
-        values["array"] = f"1-{size}" if share is None else f"1-{size}%{share}"
+        values["array"] = f"1-{size}" if at_a_time is None else f"1-{size}%{at_a_time}"
         values["offset"] = offset
         values["file"] = path
         write_file(path, re.sub(r"{{\s*(\w+)\s*}}", lambda match: str(values[match[1]]), template))

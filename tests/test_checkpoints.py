@@ -95,7 +95,7 @@ def test_an_unsuitable_run_is_skipped_and_the_others_are_collected(starpilot, tm
     assert_one_line(process.stderr, "3 runs were skipped")  # nothing is wrong with another script's
     skipped = [line for line in process.stdout.splitlines() if "is skipped" in line]
     reasons = {"truncated_1": "is damaged", "fork_2": "ppo_drac_procgen.py", "misfit_3": "does not fit"}
-    reasons["foreign_4"] = "is one of miner"
+    reasons["foreign_4"] = "is of the game miner"
     assert len(skipped) == 4
     for xpid, reason in reasons.items():
         (line,) = [line for line in skipped if f"{xpid} is skipped" in line]
@@ -328,7 +328,7 @@ def test_a_whole_number_may_have_an_exponent(text, expected):
         ("--random --checkpoint CHECKPOINT", 2, "give one of --checkpoint"),
         ("--checkpoint CHECKPOINT --epsilon 1.5", 2, "--epsilon is 1.5; it must be a probability"),
         ("--checkpoint CHECKPOINT --epsilon nan", 2, "--epsilon is nan; it must be a probability"),
-        ("--checkpoint sha.pt", 1, "sha.pt is not one of these scripts"),
+        ("--checkpoint sha.pt", 1, "sha.pt was not written by these scripts"),
         ("--checkpoint CHECKPOINT --save-interval 61", 2, "--save-interval is 61"),
         ("--checkpoint CHECKPOINT --video -1", 2, "--video is -1"),
         ("--checkpoint CHECKPOINT --video 1 --video-path v.avi", 2, "--video-path is 'v.avi'"),
@@ -340,14 +340,14 @@ def test_a_whole_number_may_have_an_exponent(text, expected):
         ("--checkpoint CHECKPOINT --start-level 2147483640 --num-levels 100", 2, "--num-levels is 100"),
         ("--checkpoint missing.pt", 1, "missing.pt does not exist"),
         ("--checkpoint truncated.pt", 1, "truncated.pt is damaged"),
-        ("--checkpoint foreign.pt", 1, "foreign.pt is not one of these scripts"),
+        ("--checkpoint foreign.pt", 1, "foreign.pt was not written by these scripts"),
         (
             "--checkpoint nan.pt",
             1,
             "network.0.conv.weight, which has values that are not finite",
         ),
         ("--checkpoint xpid.pt", 1, "xpid is not what a script here writes"),
-        ("--checkpoint return.pt", 1, "return.pt is not one of these scripts"),
+        ("--checkpoint return.pt", 1, "return.pt was not written by these scripts"),
         ("--checkpoint infinite.pt", 1, "test_return is not what a script here writes"),
         ("--checkpoint half.pt", 1, "network.0.conv.weight is torch.float16, not torch.float32"),
         ("--checkpoint int8.pt", 1, "network.0.conv.weight is torch.int8, not torch.float32"),

@@ -256,7 +256,7 @@ def test_epsilon_mixes_random_actions_into_a_policy(starpilot, tmp_path):
     assert np.allclose(log_probs, np.where(actions == 7, np.log(0.7 + 0.02), np.log(0.02)), atol=1e-4)
     process = verify(tmp_path / "d", "--checkpoint", str(tmp_path / "seven.pt"))
     assert process.returncode == 0, process.stdout
-    assert "mixed with a share of 0.3" in (tmp_path / "d" / "README.md").read_text()
+    assert "but each action is uniformly random with probability 0.3" in (tmp_path / "d" / "README.md").read_text()
 
 
 # VIDEOS

@@ -358,7 +358,7 @@ def test_free_arguments_that_are_not_written_out_are_one_line(tmp_path):
     script = write_script(tmp_path, f"{source}\n{change}\n", "ppo_procgen.py")
     result = run_sweep(tmp_path, write_grid(tmp_path, {"gamma": [0.9]}, script))
     assert result.returncode == 2
-    assert_one_line(result.stderr, "FREE_ARGUMENTS must be written out")
+    assert_one_line(result.stderr, "FREE_ARGUMENTS must be a literal")
 
 
 def test_inherited_arguments_count(tmp_path):
@@ -648,7 +648,7 @@ def test_a_labs_own_template_is_filled_and_its_mistakes_are_named(tmp_path):
     text = (tmp_path / "slurm/generated/my_grid/array.sbatch").read_text()
     assert text == "#!/bin/bash\n#SBATCH --array=1-1\nmodule load x\nrun slurm/generated/my_grid\n"
     (tmp_path / "lab.txt").write_text("{{arrays}}")
-    assert_one_line(run_sweep(tmp_path, grid, *options).stderr, "lab.txt", "{{arrays}}", "it must have array")
+    assert_one_line(run_sweep(tmp_path, grid, *options).stderr, "lab.txt", "{{arrays}}", "it must have {{array}}")
 
 
 def test_the_ranges_are_those_of_the_collector():

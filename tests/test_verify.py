@@ -225,7 +225,7 @@ def test_steps_after_the_end_are_noticed(recorded):
     change_metadata(recorded, **segment_of(recorded, rows=length + 1))
     process = verify(recorded)
     assert process.returncode == 1
-    assert_one_line(process.stderr, f"step {length} of the recording has other running episodes than its rule gives")
+    assert_one_line(process.stderr, f"step {length} of the recording does not play the environments that it should")
 
 
 def test_a_recording_that_was_cut_short_with_its_metadata_is_noticed(recorded):
@@ -300,7 +300,7 @@ def pause(row, env):
         (lambda r: change_chunk(r, dones=np.logical_not), "than recorded, first at step 0"),
         (lambda r: change_chunk(r, actions=lambda x: (x + 1) % 15), "step"),
         (lambda r: change_chunk(r, actions=lambda x: x + 20), "0_00000000.npz is damaged"),
-        (lambda r: change_chunk(r, actions=pause(4, 2)), "step 4 of the recording has other running episodes"),
+        (lambda r: change_chunk(r, actions=pause(4, 2)), "step 4 of the recording does not play the environments"),
         (lambda r: change_chunk(r, actions=lambda x: x.astype(np.int64)), "0_00000000.npz is damaged"),
         (lambda r: change_chunk(r, rewards=lambda x: x.astype(np.float64)), "0_00000000.npz is damaged"),
         (lambda r: change_chunk(r, log_probs=lambda x: x[:, :, None]), "0_00000000.npz is damaged"),
@@ -356,7 +356,7 @@ def test_changed_log_probs_of_a_training_are_noticed(rollouts, tmp_path):
     change_chunk(tmp_path / "r", log_probs=lambda x: x + 1, actions=pause(9, 1))
     process = verify(tmp_path / "r")
     assert process.returncode == 1
-    assert_one_line(process.stderr, "step 9 of the recording has other running episodes than its rule gives")
+    assert_one_line(process.stderr, "step 9 of the recording does not play the environments that it should")
 
 
 def test_changed_log_probs_are_those_of_another_network(recorded, starpilot):
