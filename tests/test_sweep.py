@@ -358,7 +358,7 @@ def test_free_arguments_that_are_not_written_out_are_one_line(tmp_path):
     script = write_script(tmp_path, f"{source}\n{change}\n", "ppo_procgen.py")
     result = run_sweep(tmp_path, write_grid(tmp_path, {"gamma": [0.9]}, script))
     assert result.returncode == 2
-    assert_one_line(result.stderr, "FREE_ARGUMENTS must be written out")
+    assert_one_line(result.stderr, "FREE_ARGUMENTS must be a literal")
 
 
 def test_inherited_arguments_count(tmp_path):
