@@ -907,7 +907,8 @@ def agent_sha256(source: bytes) -> str:
 
     Args is left out, so that its defaults may change.
     """
-    text, definitions = source.decode(), {}
+    text = source.decode()
+    definitions = {}
     for statement in ast.parse(text).body:
         if isinstance(statement, (ast.ClassDef, ast.FunctionDef)):
             definitions[statement.name] = statement
@@ -915,7 +916,7 @@ def agent_sha256(source: bytes) -> str:
             definitions.update({name.id: statement for name in statement.targets if isinstance(name, ast.Name)})
     definitions.pop("Args", None)
     needed = ["Agent"]
-    for name in needed:  # grows on the way
+    for name in needed:  # the list grows as it is read
         for node in ast.walk(definitions[name]):
             if isinstance(node, ast.Name) and node.id in definitions and node.id not in needed:
                 needed.append(node.id)

@@ -1097,7 +1097,7 @@ def newest_tasks() -> dict:
     listed += output_of("squeue", "--me", "--noheader", "--format=%F_%K|%T (%r)|%Z|%j|%o")
     newest = {}
     for line in listed.splitlines():
-        # 7_1|TIMEOUT|/home/me/project|ppo|sbatch slurm/generated/ppo/array.sbatch; of tasks in the queue 7_[2-4,6%2]
+        # Such as 7_1|TIMEOUT|{folder}|ppo|sbatch slurm/generated/ppo/array.sbatch; of tasks in the queue 7_[2-4,6%2]
         match = re.fullmatch(r"(\d+)_\[?([\d,-]+).*?\|(.*?)\|(.*)\|(.*)\|(?:.*[/ ])?(array(?:_\d+)?\.sbatch).*", line)
         if match is None or match[4] != os.getcwd():
             continue

@@ -6,6 +6,7 @@ import errno
 import fcntl
 import hashlib
 import importlib.util
+import inspect
 import json
 import os
 import pty
@@ -509,6 +510,11 @@ def test_a_run_keeps_the_source_that_made_it(uninterrupted):
     state = runs.final(uninterrupted)
     assert (state["script"], state["script_sha256"]) == ("ppo_procgen.py", hashlib.sha256(source).hexdigest())
     assert state["agent_sha256"] == ppo_procgen.agent_sha256(source)
+
+
+def test_both_scripts_hash_a_network_in_the_same_words():
+    """Or a checkpoint that one of them writes is refused by the other."""
+    assert inspect.getsource(ppo_procgen.agent_sha256) == inspect.getsource(collect_procgen.agent_sha256)
 
 
 def test_the_hash_of_the_network_covers_all_that_agent_refers_to_and_nothing_else():
