@@ -667,7 +667,8 @@ def describe(args: Args, path: Path | None, state: dict, device: torch.device, n
 def load_checkpoint(path: Path) -> dict:
     """Read a checkpoint without running any code in it. Raises Unfit if it is missing, damaged or foreign."""
     if path.is_dir():
-        raise Unfit(f"checkpoint {path} is a folder; a checkpoint is a file, such as final/model_*.pt in a run")
+        reason = f"--checkpoint {path} is a folder; a checkpoint is a file such as final/model_*.pt in it"
+        raise Unfit(reason, 2)
     if not path.exists():
         raise Unfit(f"checkpoint {path} does not exist")
     try:
@@ -1072,7 +1073,7 @@ def lock_folder(folder: Path) -> filelock.FileLock:
         in_use = f"{folder} is in use by another process"
         fail(f"{in_use}; wait for it to end or choose another folder", EXIT_STOPPED if on_cluster else 1)
     except OSError as error:
-        if error.errno in (errno.ENOSYS, errno.EOPNOTSUPP):
+        if error.errno in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
             lacks = "as its file system does not support flock"
             fail(f"{folder / '.lock'} cannot be locked, {lacks}; choose a folder on another one")
         fail(f"{folder} cannot be written: {error.strerror}; choose another folder")

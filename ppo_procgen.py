@@ -1024,7 +1024,7 @@ class Run:
             in_use = f"{self.folder} has been in use by another process for {patience} s"
             fail(f"{in_use}; wait for it to end or choose another --xpid", EXIT_STOPPED if on_cluster else 1)
         except OSError as error:
-            if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP):
+            if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
                 raise
             way_out = "choose a --model-saving-dir on another one"
             fail(f"{self.file_lock.lock_file} cannot be locked, as its file system does not support flock; {way_out}")
@@ -1067,8 +1067,11 @@ class Run:
         for path in finals:  # a longer run has another end
             path.replace(self.folder / "checkpoint" / path.name.replace("_", f"_{self.iteration}_"))
         if self.table_path.exists():
-            rows = self.read_table()
-            self.write_table([row for row in rows if int(row["iteration"]) <= self.iteration])
+            rows = [row for row in self.read_table() if int(row["iteration"]) <= self.iteration]
+            if rows:
+                self.write_table(rows)
+            else:
+                self.table_path.unlink(missing_ok=True)
 
     def write_missing_archive(self) -> None:
         """Write the archived checkpoint of this iteration if a full disk has prevented that."""

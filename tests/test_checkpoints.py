@@ -322,7 +322,7 @@ def test_a_whole_number_may_have_an_exponent(text, expected):
         ("--verify a --seed 2", 2, "--seed has no effect with --verify"),
         ("--verify a b", 2, "--verify takes one folder; yours matched 2: a, b"),
         ("--checkpoint a.pt b.pt c.pt", 2, "--checkpoint takes one file; yours matched 3: a.pt, b.pt, c.pt"),
-        ("--checkpoint .", 1, "is a folder; a checkpoint is a file, such as final/model_*.pt in a run"),
+        ("--checkpoint .", 2, "--checkpoint . is a folder; a checkpoint is a file such as final/model_*.pt in it"),
         ("--random", 2, "--env-id is None; it must be given with --random"),
         ("--random --env-id miner --epsilon 0.1", 2, "--epsilon has no effect with --random"),
         ("--random --env-id miner --distribution-mode extreme", 2, "--distribution-mode is 'extreme'"),

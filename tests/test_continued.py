@@ -405,9 +405,10 @@ def test_a_recurrent_policy_continues_beyond_a_time_limit_with_the_memory_that_i
     assert not same_rows(folder, tmp_path / "whole")
 
 
-def test_a_file_system_without_flock_is_refused(starpilot, tmp_path, monkeypatch):
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_flock_is_refused(code, starpilot, tmp_path, monkeypatch):
     def not_implemented(*_):
-        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+        raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(fcntl, "flock", not_implemented)
     process = collect(tmp_path / "d", starpilot, "--num-episodes", "2")
