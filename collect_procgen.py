@@ -14,34 +14,13 @@ A dataset is a recording of actions; its frames are a view of it, as the same ac
 Exit codes: 0 done, 1 failed, 2 bad arguments, 75 stopped by a signal with everything saved.
 """
 
-import contextlib
 import os
-import signal
 
-STOP_SIGNALS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR2]
-if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it
-    STOP_SIGNALS.append(signal.SIGHUP)
-EXIT_STOPPED = 75  # EX_TEMPFAIL: run the same command again to continue
-
-
-def on_signal(handler) -> None:
-    """Set what the process does when it is told to stop."""
-    for stop_signal in STOP_SIGNALS:
-        signal.signal(stop_signal, handler)
-
-
-def exit_at_once(signum, _) -> None:
-    with contextlib.suppress(OSError):  # nobody may be reading any more
-        os.write(1, f"stopped by {signal.Signals(signum).name}; there was nothing to save\n".encode())
-    os._exit(EXIT_STOPPED)
-
-
-if __name__ == "__main__":  # importing PyTorch takes seconds
-    on_signal(exit_at_once)
 # OpenMP threads spin while they wait, GNU's so long by default that processes on the same cores stall each other.
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # read when PyTorch is loaded
 
 import ast
+import contextlib
 import errno
 import hashlib
 import importlib.metadata
@@ -53,10 +32,11 @@ import json
 import math
 import platform
 import re
-import struct
+import signal
 import sys
 import time
 import zipfile
+import zlib
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -64,7 +44,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import NoReturn
 
-import deflate
 import filelock
 import numpy as np
 import torch
@@ -344,7 +323,7 @@ def play(levels, segment, recording=(), policy=None, follow_from=math.inf, conti
                 raise Unfit(f"step {number} of the recording does not play the environments that it should")
             actions[playing] = recorded["actions"][playing]
             log_probs[playing] = recorded["log_probs"][playing]
-        row = {"actions": actions, "log_probs": log_probs, "checksums": np.uint32(deflate.crc32(frames))}
+        row = {"actions": actions, "log_probs": log_probs, "checksums": np.uint32(zlib.crc32(frames))}
         if recorded is not None and number >= follow_from:
             row["log_probs"] = np.zeros(num_envs, np.float32)
             row["log_probs"][playing] = policy.act(frames[playing], playing, begins, actions[playing])[1]
@@ -442,6 +421,8 @@ def verify(args: Args) -> int:
 # ======================================================================================================================
 
 SCRIPT = Path(__file__).name
+EXIT_STOPPED = 75  # EX_TEMPFAIL: run the same command again to continue
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2, signal.SIGHUP)
 CORES = torch.get_num_threads()  # those that this process may use, or OMP_NUM_THREADS
 # The games that have more modes than easy and hard. Asked for any other, Procgen's library ends the whole process.
 EXTRA_MODES = {
@@ -526,6 +507,23 @@ def seed_torch(segment_seed: int, step: int) -> None:
     torch.default_generator.manual_seed(seed)
     if torch.cuda.is_initialized():
         torch.cuda.manual_seed(seed)
+
+
+# SIGNALS
+
+
+def on_signal(handler) -> None:
+    """Set what the process does when it is told to stop."""
+    for stop_signal in STOP_SIGNALS:
+        if stop_signal == signal.SIGHUP and signal.getsignal(stop_signal) == signal.SIG_IGN:
+            continue  # nohup
+        signal.signal(stop_signal, handler)
+
+
+def exit_at_once(signum, _) -> None:
+    with contextlib.suppress(OSError):  # nobody may be reading any more
+        os.write(1, f"stopped by {signal.Signals(signum).name}; there was nothing to save\n".encode())
+    os._exit(EXIT_STOPPED)
 
 
 # ARGUMENTS
@@ -876,29 +874,13 @@ def write_file(path: Path, content: bytes, temporaries: Path | None = None) -> N
 
 
 def to_npz(arrays: dict) -> bytes:
-    """What np.savez_compressed writes, by libdeflate: level 4 is four times as fast as zlib's 6 on Procgen's frames.
-
-    The zip format is https://pkware.cachefly.net/webdocs/casestudies/APPNOTE.TXT; the date in it is always 1980-01-01.
-    """
-    members = []
-    directory = []
-    offset = 0
-    for key, array in arrays.items():
-        name = f"{key}.npy".encode()
-        file = io.BytesIO()
-        np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
-        content = file.getvalue() + array.tobytes()
-        packed = deflate.deflate_compress(content, 4)
-        sizes = (len(packed), len(content), len(name), 0)
-        # version, flags, method (deflate), time, date, checksum, sizes
-        header = struct.pack("<5H3I2H", 20, 0, 8, 0, 33, deflate.crc32(content), *sizes)
-        member = b"PK\x03\x04" + header + name + packed
-        members.append(member)
-        directory.append(b"PK\x01\x02\x14\x00" + header + struct.pack("<3H2I", 0, 0, 0, 0, offset) + name)
-        offset += len(member)
-    directory = b"".join(directory)
-    end = struct.pack("<4H2IH", 0, 0, len(arrays), len(arrays), len(directory), offset, 0)
-    return b"".join([*members, directory, b"PK\x05\x06", end])
+    """What np.savez_compressed writes, but at zlib's level 3: two to three times as fast, and up to a fifth larger."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED, compresslevel=3) as file:
+        for key, array in arrays.items():
+            with file.open(f"{key}.npy", "w") as member:
+                np.lib.format.write_array(member, array, allow_pickle=False)
+    return buffer.getvalue()
 
 
 def to_arrays(episode: Episode, levels: dict) -> dict:
@@ -1658,6 +1640,7 @@ def write_mp4(path: Path, pictures) -> None:
 
 
 def main() -> None:
+    on_signal(exit_at_once)
     args = read_args(sys.argv[1:])
     folder = args.verify or args.render or args.dataset_saving_dir
     try:
