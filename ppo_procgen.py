@@ -90,10 +90,10 @@ class Args:
     model_saving_dir: str = "models"  # checkpoints go to {model_saving_dir}/{env_id}/{xpid}/
     resume: bool = False  # continue the run of this xpid if there is one
     checkpoint: str | None = None  # start a new run from the weights (and Adam's moments) of this checkpoint
-    log_interval: int = 10  # iterations between rolling checkpoints, and between lines in a log
-    archive_interval: int = 50  # iterations between archived, evaluated checkpoints; 1, 2, 4, 8, 16 and 32 are, too
+    log_interval: int = 10  # save the rolling checkpoint and print a line every so many iterations
+    archive_interval: int = 50  # evaluate and archive every so many iterations, and after 1, 2, 4, 8, 16 and 32
     save_dataset: bool = False  # record the whole training in the run's folder rollouts/
-    num_eval_episodes: int = 10  # test episodes per evaluation, one in each of as many parallel environments
+    num_eval_episodes: int = 10  # number of test environments; each plays one episode per evaluation
 
     cuda: bool = True  # use the GPU if there is one
     torch_deterministic: bool = True  # ask cuDNN for deterministic kernels
@@ -102,8 +102,8 @@ class Args:
     wandb_entity: str | None = None  # Weights & Biases team
 
 
-# Arguments that do not affect the result. They are not in the run's name and may change on --resume, but for
-# total_timesteps with anneal_lr; save_dataset may only be switched off.
+# Arguments that are left out of the run's name and may change on --resume. There are two exceptions: with anneal_lr,
+# total_timesteps may not change; save_dataset can be switched off but not on.
 FREE_ARGUMENTS = (
     "total_timesteps", "log_interval", "archive_interval", "num_eval_episodes", "cuda", "torch_deterministic",
     "save_dataset", "xpid", "model_saving_dir", "resume", "track", "wandb_project_name", "wandb_entity",
@@ -210,7 +210,7 @@ def compute_gae(rewards, values, dones, next_value, next_done, gamma, gae_lambda
 
 
 def ppo_loss(agent, obs, actions, logprobs, returns, values, advantages, args):
-    """PPO's loss (Schulman et al. 2017, equation 9), a mean over N samples, and its terms by name, each a tensor ().
+    """PPO's loss (Schulman et al. 2017, equation 9), averaged over N samples, and a dict of its terms, tensors ().
 
     obs is (N, 64, 64, 3) uint8, the others (N,); logprobs and values come from the policy that acted. A term that you
     add to the dict is logged as losses/{name}.
@@ -229,13 +229,13 @@ def ppo_loss(agent, obs, actions, logprobs, returns, values, advantages, args):
 
     entropy = entropy.mean()
     loss = policy_loss - args.ent_coef * entropy + args.vf_coef * value_loss
-    with torch.no_grad():
+    with torch.no_grad():  # two estimates of the KL divergence are from http://joschu.net/blog/kl-approx.html
         terms = {
             "policy_loss": policy_loss.detach(),
             "value_loss": value_loss.detach(),
             "entropy": entropy.detach(),
-            "old_approx_kl": (-logratio).mean(),  # two estimates of the KL divergence,
-            "approx_kl": ((ratio - 1) - logratio).mean(),  # http://joschu.net/blog/kl-approx.html
+            "old_approx_kl": (-logratio).mean(),
+            "approx_kl": ((ratio - 1) - logratio).mean(),
             "clipfrac": ((ratio - 1).abs() > args.clip_coef).float().mean(),
         }
     return loss, terms
@@ -259,7 +259,7 @@ def make_envs(args: Args) -> gym.Env:
 
 
 def make_test_envs(args: Args) -> gym.Env:
-    """All levels above the training range. With num_levels=0 none are left: then they are the training levels."""
+    """All levels above the training range. With num_levels=0 there are none; the training levels are used then."""
     first_level = args.start_level + args.num_levels
     return ProcgenVectorEnv(args.num_eval_episodes, args.env_id, args.distribution_mode, first_level, 0, args.seed)
 
@@ -267,10 +267,9 @@ def make_test_envs(args: Args) -> gym.Env:
 class TrainState:
     """Everything that an exact continuation needs. What your fork carries from one iteration to the next belongs here.
 
-    Add a line to each of the three functions, and use the attribute by its name (state.my_thing); a local alias is fine
-    only for an object that is changed in place and never replaced. state_dict returns tensors and plain Python values
-    only, which torch.load reads with weights_only=True. The state_dict of a module has its parameters and buffers, and
-    nothing else that is in the module.
+    Add a line to each of the three functions, and write state.my_thing where you use it: a local alias goes stale when
+    the attribute is replaced. state_dict returns tensors and plain Python values only, which torch.load reads with
+    weights_only=True. A module's own state_dict holds only its parameters and buffers; save any other attribute here.
     """
 
     def __init__(self, args: Args, device: torch.device):
@@ -323,10 +322,11 @@ class TrainState:
 
 @torch.inference_mode()
 def evaluate(agent, envs, start_states, seed, device) -> dict:
-    """Play an episode in each of envs with sampled actions. Returns its returns, lengths, level_complete, (num_envs,).
+    """Play an episode in each of envs with sampled actions.
 
-    One in each, because the first N to end would be the short ones. From the same start_states and with a random
-    generator of its own it meets the same levels and the same luck every time, and takes nothing from the training.
+    Returns a dict of arrays (num_envs,): returns, lengths, level_complete. Each environment plays one episode, because
+    the first N to end would be the short ones. start_states and seed are the same every time, so that evaluations are
+    comparable. The random generators of the training stay as they were.
     """
     returns = np.zeros(envs.num_envs)
     lengths = np.zeros(envs.num_envs)
@@ -354,7 +354,6 @@ def check_finite(iteration: int, losses: dict, state: TrainState) -> None:
     with torch.inference_mode():  # the losses were computed before the last optimizer step, so check its effect as well
         logits, values = state.agent(state.next_obs)
     finite = logits.isfinite().all() and values.isfinite().all()
-    losses = {name: value for name, value in losses.items() if name != "explained_variance"}  # nan without rewards
     if not finite or not all(math.isfinite(value) for value in losses.values()):
         fail(f"training diverged in iteration {iteration}; try a smaller --learning-rate. Losses: {losses}")
 
@@ -399,7 +398,7 @@ def train(args: Args) -> None:
                     actions[step], logprobs[step], _, values[step] = agent.get_action_and_value(state.next_obs)
                 next_obs, reward, terminated, _, infos = envs.step(actions[step].cpu().numpy())
                 state.next_obs = torch.from_numpy(next_obs).to(device)
-                state.next_done = torch.from_numpy(np.array(terminated)).to(device)  # a list, by gym
+                state.next_done = torch.from_numpy(np.array(terminated)).to(device)  # gym returns a list
                 rewards[step] = torch.from_numpy(reward)
                 if "episode" in infos:
                     state.level_complete.extend(infos["prev_level_complete"][infos["_episode"]].tolist())
@@ -418,7 +417,7 @@ def train(args: Args) -> None:
             b_returns = returns.flatten()
             b_advantages = advantages.flatten()
 
-            # UPDATE. The losses are summed on the device and read once, so that nothing waits for it before the end.
+            # UPDATE. The losses are summed on the device and read once, as reading them would wait for the GPU.
             loss_sums = defaultdict(float)
             num_updates = 0
             for epoch in range(args.update_epochs):
@@ -429,7 +428,7 @@ def train(args: Args) -> None:
                         mb_advantages = (mb_advantages - mb_advantages.mean()) / (mb_advantages.std() + 1e-8)
                     mb_losses = defaultdict(float)
                     optimizer.zero_grad()
-                    # Gradient accumulation over microbatches, which needs a ppo_loss that is a mean over its samples.
+                    # Gradient accumulation over microbatches; exact, as ppo_loss is a mean over its samples.
                     for mb, mb_adv in zip(minibatch.split(microbatch_size), mb_advantages.split(microbatch_size)):
                         stop_if_asked()
                         loss, terms = ppo_loss(
@@ -447,8 +446,8 @@ def train(args: Args) -> None:
                 if args.target_kl is not None and mb_losses["approx_kl"] > args.target_kl:
                     break
             losses = {name: (total / num_updates).item() for name, total in loss_sums.items()}
-            losses["explained_variance"] = (1 - (b_returns - b_values).var() / b_returns.var()).item()
             check_finite(iteration, losses, state)
+            losses["explained_variance"] = (1 - (b_returns - b_values).var() / b_returns.var()).item()
 
             # EVALUATION
             test = None
@@ -458,6 +457,7 @@ def train(args: Args) -> None:
                 state.test_return = float(test["returns"].mean())
             run.end_iteration(collect_metrics(state, losses, test), logprobs)
 
+        # test is None if the run was resumed after its last iteration.
         run.finish(test or evaluate(agent, test_envs, test_start, args.seed, device))
 
 
@@ -527,7 +527,7 @@ class ProcgenVectorEnv(gym.vector.VectorEnv):
 
     def __init__(self, num_envs, env_id, distribution_mode, start_level, num_levels, seed):
         options = {"distribution_mode": distribution_mode, "rand_seed": seed, "num_threads": torch.get_num_threads()}
-        if distribution_mode != "exploration":  # which has one level, fixed by Procgen
+        if distribution_mode != "exploration":  # Procgen fixes the one level of exploration
             # Procgen's own num_levels=0 would ignore start_level.
             options.update(start_level=start_level, num_levels=num_levels or MAX_LEVEL - start_level)
         self.games = ProcgenGym3Env(num_envs, env_id, **options)
@@ -578,7 +578,7 @@ class Recorder(gym.Wrapper):
     def take_rows(self, logprobs: torch.Tensor) -> dict:
         """The steps since the last call: arrays (T, num_envs), checksums (T,). logprobs are those of the policy."""
         if len(self.rows) != len(logprobs):
-            raise ValueError("a wrapper repeats or skips steps, which can't be recorded; train without --save-dataset")
+            fail("a wrapper repeats or skips steps, which can't be recorded; train without --save-dataset")
         taken = {"log_probs": logprobs.cpu().numpy().copy()}
         for name in self.rows[0]:
             taken[name] = np.stack([row[name] for row in self.rows])
@@ -642,9 +642,7 @@ def parse_args() -> Args:
             files = list(itertools.takewhile(lambda later: not later.startswith("-"), words[place + 1 :]))
             if len(files) > 1:
                 fail(f"--checkpoint takes one file; yours matched {len(files)}: {' '.join(files)[:200]}", 2)
-        if name == "--total-timesteps":
-            words[place : place + 2] = [spell_out(x) for x in words[place : place + 2]]
-    args = tyro.cli(Args, description=__doc__, args=words)
+    args = tyro.cli(Args, description=__doc__, args=spell_out(words))
     for field in fields(args):
         if field.type is float:  # a default of 0 and the argument 0.0 name the same run
             setattr(args, field.name, float(getattr(args, field.name)))
@@ -654,12 +652,20 @@ def parse_args() -> Args:
     return args
 
 
-def spell_out(word: str) -> str:
-    """1e6 as 1000000, which is how a grid may have it, too."""
-    name, equals, number = word.rpartition("=")
-    if re.fullmatch(r"\d+(\.\d+)?e\d+", number) and float(number).is_integer():
-        number = str(int(float(number)))
-    return name + equals + number
+def spell_out(words: list) -> list:
+    """The command line with whole numbers such as 1e6 written as 1000000, as argument parsers demand."""
+    whole_numbers = [flag(field.name) for field in fields(Args) if field.type in (int, int | None)]
+    spelled_out = []
+    before = ""
+    for word in words:
+        name, equals, number = word.rpartition("=")
+        argument = name if equals else before
+        if argument.replace("_", "-") in whole_numbers and re.fullmatch(r"\d+(\.\d+)?[eE]\d+", number):
+            if float(number).is_integer():
+                word = f"{name}{equals}{float(number):.0f}"
+        spelled_out.append(word)
+        before = word
+    return spelled_out
 
 
 def default_xpid(args: Args) -> str:
@@ -695,9 +701,8 @@ def check_args(args: Args) -> None:
     require(args.env_id in ENV_NAMES, "env_id", f"one of {', '.join(ENV_NAMES)}")
     modes = ["easy", "hard"] + [mode for mode, games in EXTRA_MODES.items() if args.env_id in games]
     require(args.distribution_mode in modes, "distribution_mode", f"one of {', '.join(modes)} for {args.env_id}")
-    sizes = "num_envs num_steps hidden_size num_eval_episodes"
     counts = "num_minibatches update_epochs total_timesteps log_interval archive_interval"
-    require_each(sizes, lambda x: 1 <= x <= 2**16, "between 1 and 65536")
+    require_each("num_envs num_steps hidden_size num_eval_episodes", lambda x: 1 <= x <= 2**16, "between 1 and 65536")
     require_each(counts, lambda x: x >= 1, "at least 1")
     require_each("learning_rate adam_eps clip_coef max_grad_norm", lambda x: 0 < x < math.inf, "a number above 0")
     require_each("ent_coef vf_coef", lambda x: 0 <= x < math.inf, "a number of 0 or more")
@@ -719,11 +724,13 @@ def check_args(args: Args) -> None:
     is_folder_name = args.xpid not in ("", "..") and args.xpid == Path(args.xpid).name and args.xpid.isprintable()
     is_short = len(args.xpid.encode(errors="replace")) <= 200
     require(is_folder_name and is_short, "xpid", "a plain folder name of at most 200 bytes")
-    if getattr(args, "bfloat16", False) and not has_bfloat16(args):
-        way_out = "a new run can do without it, one begun with it needs such a machine"
-        fail(f"--bfloat16 needs a GPU, or a CPU with avx512_bf16 or amx_bf16, and there is none; {way_out}", 2)
+    if getattr(args, "bfloat16", False) and choose_device(args).type == "cpu":
+        cpu = torch.cpu.get_capabilities()
+        if not cpu.get("avx512_bf16") and not cpu.get("amx_bf16"):
+            way_out = "a new run can do without it, one begun with it needs such a machine"
+            fail(f"--bfloat16 needs a GPU, or a CPU with avx512_bf16 or amx_bf16, and there is none; {way_out}", 2)
     wandb = importlib.util.find_spec("wandb")
-    if args.track and (wandb is None or wandb.origin is None):  # a folder wandb/ is found, too, but has no origin
+    if args.track and (wandb is None or wandb.origin is None):  # a mere folder wandb/ is found, too, without an origin
         fail("--track needs the package wandb, which is not installed: pip install wandb, or leave --track out", 2)
 
 
@@ -744,20 +751,12 @@ def choose_microbatch_size(device: torch.device) -> int:
     """How many frames go through the network at once in the update. The last bits of the result depend on it.
 
     On a CPU 64 and 128 are the fastest of 16 to 256, as their activations stay in the cache. On a GPU 1,024 frames take
-    about 1.2 GB; one with less than 4 GB gets fewer. It does not follow free memory, which other processes change.
+    about 1.2 GB; one with less than 4 GB gets fewer. Total memory decides, because other processes change the free one.
     """
     if device.type == "cpu":
         return 64
     total_memory = torch.cuda.mem_get_info(device)[1]
     return min(1024, 2 ** int(math.log2(total_memory / 4e6)))
-
-
-def has_bfloat16(args: Args) -> bool:
-    """Whether the device computes in bfloat16 natively; assumed of every GPU."""
-    if args.cuda and torch.cuda.is_available():
-        return True
-    cpu = torch.cpu.get_capabilities()
-    return cpu.get("avx512_bf16", False) or cpu.get("amx_bf16", False)
 
 
 def describe_machine(device: torch.device) -> dict:
@@ -831,7 +830,7 @@ def write_file(path: Path, content: bytes) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        error.filename = path  # a failed write does not say of which file
+        error.filename = path  # the error of a failed write lacks it
         temporary.unlink(missing_ok=True)
         raise
 
@@ -903,7 +902,7 @@ def set_random_state(state: dict, device: torch.device) -> None:
 
 
 def agent_sha256(source: bytes) -> str:
-    """Hash of the text of class Agent in a script and of everything the script defines that Agent refers to.
+    """Hash of the text of class Agent in a script and of all definitions there that Agent uses, directly or not.
 
     Args is left out, so that its defaults may change.
     """
@@ -941,9 +940,10 @@ def describe_script() -> dict:
 
 
 class Run:
-    """A run's folder: locked while it trains, resumed or begun, logged, checkpointed, saved by whatever ends it early.
+    """Owns a run's folder: locks it, begins or resumes the run, logs, checkpoints, and saves if it ends early.
 
-    `with Run(...) as run:` goes around the loop. run.iteration is the number of iterations completed.
+    `with Run(...) as run:` goes around the loop. run.iteration is the number of iterations completed. run.snapshot is
+    the state after the last complete one, and save() writes that and nothing else.
     """
 
     def __init__(self, args: Args, state: TrainState, num_iterations: int):
@@ -965,9 +965,8 @@ class Run:
     # BEGINNING
 
     def __enter__(self):
-        """Lock the run, decide here and only here whether it is new, resumed or finished, and save where it starts."""
-        self.take_snapshot(test_return=None)
-        pack_checkpoint(self.snapshot)  # first, so that nothing has been written if the state can't be saved
+        """Lock the run, decide whether it is new, resumed or finished, and save the state that it starts from."""
+        pack_checkpoint(self.take_snapshot(None))  # first, so that nothing has been written if it can't be saved
         if self.args.checkpoint is not None and not self.rolling_path.exists():
             self.load_weights()
         self.lock()
@@ -977,15 +976,15 @@ class Run:
             self.check_arguments(saved)
             self.resume(saved)
         elif self.table_path.exists() or any(self.folder.glob("*/*.pt")):
-            way_out = f"put back {self.rolling_path}, which is missing," if self.args.resume else "add --resume"
-            fail(f"{self.folder} holds a run already; {way_out} or choose another --xpid", 2)
+            if self.args.resume:
+                fail(f"put back {self.rolling_path}, which is missing, or choose another --xpid", 2)
+            fail(f"{self.folder} holds a run already; add --resume, or choose another --xpid", 2)
         if self.args.save_dataset:
             self.open_recording()
         if self.args.track:
             self.track()
-        self.take_snapshot(saved["test_return"] if saved else None)
+        self.snapshot = self.take_snapshot(saved["test_return"] if saved else None)
         self.save()
-        self.write_missing_archive()
         self.open_logs(saved)
         handle_signals()
         return self
@@ -1015,7 +1014,7 @@ class Run:
     def lock(self) -> None:
         """Lock the run for the lifetime of this process."""
         on_cluster = "SLURM_JOB_ID" in os.environ  # where the previous holder may still be exiting
-        patience = LOCK_PATIENCE if on_cluster else 1  # sweep.py --action status holds it for a moment
+        patience = LOCK_PATIENCE if on_cluster else 1  # a second, as sweep.py --action status holds it for a moment
         (self.folder / "checkpoint").mkdir(parents=True, exist_ok=True)
         self.file_lock = filelock.FileLock(self.folder / ".lock", fallback_to_soft=False)
         try:
@@ -1026,13 +1025,13 @@ class Run:
         except OSError as error:
             if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
                 raise
-            way_out = "choose a --model-saving-dir on another one"
+            way_out = "choose a --model-saving-dir on another file system"
             fail(f"{self.file_lock.lock_file} cannot be locked, as its file system does not support flock; {way_out}")
         for leftover in (*self.folder.glob(".*.tmp"), *self.folder.glob("*/.*.tmp")):  # of a write that was killed
             leftover.unlink(missing_ok=True)
 
     def check_arguments(self, saved: dict) -> None:
-        """Exit with code 2 if this would compute something else than the run did; note if only the last bits differ."""
+        """Exit with code 2 if the arguments would change the result. Print a note if only the last bits may differ."""
         if saved["script"] != SCRIPT:
             fail(f"{self.folder} is a run of {saved['script']}, not of {SCRIPT}; choose another --xpid", 2)
         may_change = set(FREE_ARGUMENTS)
@@ -1064,7 +1063,7 @@ class Run:
             sys.exit(0)
         with self.explain_misfit(self.rolling_path):
             self.state.load_state_dict(saved)
-        for path in finals:  # a longer run has another end
+        for path in finals:  # training goes on, so the old end becomes an archived checkpoint
             path.replace(self.folder / "checkpoint" / path.name.replace("_", f"_{self.iteration}_"))
         if self.table_path.exists():
             rows = [row for row in self.read_table() if int(row["iteration"]) <= self.iteration]
@@ -1072,13 +1071,6 @@ class Run:
                 self.write_table(rows)
             else:
                 self.table_path.unlink(missing_ok=True)
-
-    def write_missing_archive(self) -> None:
-        """Write the archived checkpoint of this iteration if a full disk has prevented that."""
-        test_return = self.snapshot["test_return"]
-        prefix = f"model_{self.iteration}_"
-        if test_return is not None and self.archives(self.iteration) and not self.find_evaluated("checkpoint", prefix):
-            self.write_evaluated("checkpoint", prefix, test_return)
 
     def track(self) -> None:
         """Open Weights & Biases: one run there for each game and xpid."""
@@ -1119,11 +1111,11 @@ class Run:
         print(f"run folder   {self.folder}" + (f", resumed after iteration {self.iteration}" if saved else ""))
         print(f"steps        {total_steps:,} ({self.num_iterations} iterations of {self.batch_size:,})")
         print(f"parameters   {sum(p.numel() for p in self.state.agent.parameters()):,}", flush=True)
-        # On a terminal only. The speed and the time left, of whole iterations, stand in the postfix.
+        # Shown on a terminal only. The postfix has the speed and the time left, measured over whole iterations.
         bar_format = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} steps{postfix}"
         self.bar = tqdm(total=total_steps, initial=step, unit_scale=True, bar_format=bar_format, disable=None)
         self.first_step = step
-        self.start_time = time.monotonic()  # later by the time that evaluations take
+        self.start_time = time.monotonic()  # evaluation() moves it forward
         self.describe("rollout")
 
     # ITERATIONS
@@ -1137,7 +1129,7 @@ class Run:
 
     @contextlib.contextmanager
     def evaluation(self):
-        """The time that passes inside does not count for the speed."""
+        """The time in here does not count for the speed."""
         self.describe("evaluation")
         start = time.monotonic()
         yield
@@ -1159,12 +1151,14 @@ class Run:
         self.writer.flush()
         self.append_to_table({"iteration": self.iteration, "global_step": step, **metrics})
         test_return = metrics["charts/test_return"]
-        self.take_snapshot(None if math.isnan(test_return) else test_return)
+        snapshot = self.take_snapshot(None if math.isnan(test_return) else test_return)
+        if self.archives(self.iteration):
+            self.write_evaluated("checkpoint", f"model_{self.iteration}_", snapshot)
+        # Only now is the iteration complete: if its archive could not be written, a resumed run repeats it.
+        self.snapshot = snapshot
         self.steps_of_iteration = 0
         if self.args.save_dataset:
             self.unsaved_rollouts.append(self.state.envs.take_rows(logprobs))
-        if self.archives(self.iteration):
-            self.write_evaluated("checkpoint", f"model_{self.iteration}_", test_return)
 
         time_left = tqdm.format_interval((self.num_iterations - self.iteration) * self.batch_size / speed)
         returns = f"train return {metrics['charts/episodic_return']:.2f}, test return {self.state.test_return:.2f}"
@@ -1179,7 +1173,7 @@ class Run:
     # PROGRESS.CSV
 
     def read_table(self) -> list:
-        """The rows of progress.csv. If it can't be read, as after an edit, it gets another name and there are none."""
+        """The rows of progress.csv. If it can't be read, as after an edit, it is renamed and the table starts empty."""
         content = self.table_path.read_bytes()
         complete_lines = content[: content.rfind(b"\n") + 1]  # a kill or a full disk may have cut the last one
         try:
@@ -1216,12 +1210,13 @@ class Run:
 
     # SAVING
 
-    def take_snapshot(self, test_return: float | None) -> None:
-        """Copy the state of a completed iteration to the host: what save() writes, now or when something ends the run.
+    def take_snapshot(self, test_return: float | None) -> dict:
+        """The content of rolling/model.pt after this iteration, copied to the host.
 
-        After a fatal CUDA error the GPU's memory can't be read any more, hence the copy.
+        save() writes it now, or later when something ends the run: after a fatal CUDA error the GPU's memory can't be
+        read any more.
         """
-        self.snapshot = {
+        return {
             **self.header,
             "iteration": self.iteration,
             "global_step": self.iteration * self.batch_size,
@@ -1247,14 +1242,13 @@ class Run:
         """Checkpoints {prefix}{test return}.pt; any other file in the folder is the user's."""
         return list(self.folder.glob(f"{folder}/{prefix}*[0-9].[0-9][0-9].pt"))
 
-    def write_evaluated(self, folder: str, prefix: str, test_return: float) -> Path:
+    def write_evaluated(self, folder: str, prefix: str, snapshot: dict) -> Path:
         """Write {prefix}{test return}.pt, then remove the one it replaces, whose name may have another return."""
         # Enough to play the policy or to start another run: no state of environments, and none that a fork has added.
-        content = {name: self.snapshot[name] for name in (*self.header, "iteration", "global_step")}
-        content["test_return"] = test_return
-        content["model_state_dict"] = self.snapshot["model_state_dict"]
-        content["optimizer_state_dict"] = self.snapshot["optimizer_state_dict"]
-        path = self.folder / folder / f"{prefix}{round(test_return, 2) + 0.0:.2f}.pt"  # + 0.0 turns -0.0 into 0.0
+        names = (*self.header, "iteration", "global_step", "test_return", "model_state_dict", "optimizer_state_dict")
+        content = {name: snapshot[name] for name in names}
+        shown_return = round(snapshot["test_return"], 2) + 0.0  # + 0.0 turns -0.0 into 0.0
+        path = self.folder / folder / f"{prefix}{shown_return:.2f}.pt"
         write_file(path, pack_checkpoint(content))
         for other in self.find_evaluated(folder, prefix):
             if other != path:
@@ -1289,7 +1283,7 @@ class Run:
         self.describe_recording(complete=False)
 
     def describe_recording(self, complete: bool) -> None:
-        """Write its metadata.json: that of a dataset without frames, which collect_procgen.py --render draws."""
+        """Write metadata.json. A recording is a dataset without frames; collect_procgen.py --render draws them."""
         segment = {"seed": self.args.seed, "num_envs": self.args.num_envs}
         metadata = {"format": 2, "args": self.header["args"]}
         for name in ("env_id", "distribution_mode", "num_levels", "start_level"):
@@ -1310,9 +1304,9 @@ class Run:
 
     def finish(self, test: dict) -> None:
         test_return = float(test["returns"].mean())
-        if self.args.save_dataset:  # first, as with its final checkpoint a run is finished
+        if self.args.save_dataset:  # before the final checkpoint, which marks the run as finished
             self.describe_recording(complete=True)
-        path = self.write_evaluated("final", "model_", test_return)
+        path = self.write_evaluated("final", "model_", {**self.snapshot, "test_return": test_return})
         self.bar.close()
         self.writer.close()
         self.file_lock.release()

@@ -221,7 +221,7 @@ def limits(device, env_id, result):
     figures = {"epochs": args.update_epochs, "batch_size": args.num_envs * args.num_steps}
     figures |= {"archive_interval": args.archive_interval, "log_interval": args.log_interval}
     figures |= {
-        "bfloat16": ppo_procgen.has_bfloat16(ppo_procgen.Args(cuda=device == "cuda")),
+        "bfloat16": device == "cuda" or torch.cpu.get_capabilities().get("avx512_bf16", False),
         "threads": torch.get_num_threads(),
         "environment": steps * args.num_envs / (time.perf_counter() - start),
     }

@@ -334,7 +334,7 @@ def test_an_annealed_run_that_was_killed_ends_like_one_that_was_not(tmp_path):
 # WHAT IS DAMAGED, MISSING OR FOREIGN
 
 
-def test_an_archive_that_a_full_disk_prevented_is_written_on_resume(uninterrupted, tmp_path, monkeypatch):
+def test_an_iteration_whose_archive_a_full_disk_prevented_is_repeated_on_resume(uninterrupted, tmp_path, monkeypatch):
     write_file = ppo_procgen.write_file
 
     def full(path, content):
@@ -345,7 +345,7 @@ def test_an_archive_that_a_full_disk_prevented_is_written_on_resume(uninterrupte
     with monkeypatch.context() as patch:
         patch.setattr(ppo_procgen, "write_file", full)
         assert runs.train(tmp_path).returncode == 1
-    assert runs.load(runs.run_dir(tmp_path) / "rolling" / "model.pt")["iteration"] == 3
+    assert runs.load(runs.run_dir(tmp_path) / "rolling" / "model.pt")["iteration"] == 2
     assert not list(runs.run_dir(tmp_path).glob("checkpoint/model_3_*"))
     assert runs.train(tmp_path, "--resume").returncode == 0
     runs.assert_same_run(tmp_path, uninterrupted)
