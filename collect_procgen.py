@@ -10,7 +10,7 @@
     python collect_procgen.py --checkpoint x.pt --no-save-dataset --num-episodes 9 --video 9
     python collect_procgen.py --checkpoint y.pt --agent-from my_procgen.py          # the checkpoint of a fork
 
-A dataset is a recording of actions; its frames are a view of it, as the same actions show the same frames again.
+A dataset is a recording of actions. Its frames can be drawn from it at any time: the same actions show the same frames.
 Exit codes: 0 done, 1 failed, 2 bad arguments, 75 stopped by a signal with everything saved.
 """
 
@@ -64,7 +64,7 @@ from procgen.env import ENV_NAMES
 class Args:
     # WHAT TO DO: one of these; --verify also together with --checkpoint
     checkpoint: str | None = None  # play this checkpoint
-    ratio: float | None = None  # play each run's checkpoint whose test return is closest to this fraction of the last
+    ratio: float | None = None  # of each run, play the checkpoint with a test return closest to this part of its last
     random: bool = False  # play uniformly random actions in the game --env-id
     render: str | None = None  # write the missing episode files of this recording (or of a training's rollouts/)
     verify: str | None = None  # play this dataset or recording again and compare; with --checkpoint its log_probs, too
@@ -83,7 +83,7 @@ class Args:
     epsilon: float = 0.0  # probability of a uniformly random action in place of the policy's
     agent_from: str | None = None  # script whose class Agent is the checkpoint's network, if that is not this script's
     cuda: bool = True  # use the GPU if there is one
-    capacity: int | None = None  # no effect, as memory grows with the episodes; an error if below the time limit
+    capacity: int | None = None  # gen_dgrl's; without effect here, but an error if it is below the time limit
 
     # FILES
     save_dataset: bool = True  # write what is played; --no-save-dataset only evaluates
@@ -92,7 +92,7 @@ class Args:
     save_interval: float = 30.0  # seconds between saves, 60 at most
     ratio_checkpoint_dir: str = "models"  # with --ratio: the runs are {ratio_checkpoint_dir}/{env_id}/*
     ratio_dataset_dir: str = "test_dataset"  # with --ratio: datasets go to {run}/{ratio_dataset_dir}/{ratio}
-    iterations: tuple[int, int] | None = None  # with --render: first and last iteration; only episodes that end there
+    iterations: tuple[int, int] | None = None  # with --render: draw only episodes that end in these, the last included
 
     # VIDEO
     video: int = 0  # show the first episode of each of this many environments, side by side
@@ -207,7 +207,7 @@ def time_limit(env_id: str, distribution_mode: str) -> int:
 
 def make_envs(num_envs: int, env_id: str, distribution_mode: str, start_level: int, num_levels: int, seed: int, **more):
     options = {"distribution_mode": distribution_mode, "rand_seed": seed, "num_threads": CORES, **more}
-    if distribution_mode != "exploration":  # which has one level, fixed by Procgen
+    if distribution_mode != "exploration":  # Procgen fixes the one level of exploration
         # Procgen's own num_levels=0 would ignore start_level.
         options["start_level"] = start_level
         options["num_levels"] = num_levels or MAX_LEVEL - start_level
@@ -225,7 +225,7 @@ class Policy:
     PyTorch is seeded before every step, so that sampling depends on the step alone.
     """
 
-    has_memory = False  # True: before a collection continues, act() sees its last recorded steps (one time limit) again
+    has_memory = False  # True: before a collection continues, act() sees the last recorded steps, one time limit, again
 
     def __init__(self, agent, args, num_envs, device):
         self.agent = agent
@@ -242,14 +242,14 @@ class Policy:
         obs = torch.from_numpy(frames).to(self.device)
         given = None if actions is None else torch.from_numpy(actions).long().to(self.device)
         action, log_prob, _, _ = self.agent.get_action_and_value(obs, action=given)
-        if self.epsilon > 0 and actions is None:
-            self.explore(obs, action, log_prob)
         if self.epsilon > 0:
+            if actions is None:
+                self.explore(obs, action, log_prob)
             log_prob = ((1 - self.epsilon) * log_prob.exp() + self.epsilon / len(ACTIONS)).log()
         return action.cpu().numpy(), log_prob.cpu().numpy()
 
     def explore(self, obs, action, log_prob):
-        """With probability epsilon, replace an action by a random one and log_prob by the policy's for it, in place."""
+        """With probability epsilon, replace an action by a random one and log_prob by the policy's for it. In place."""
         explores = torch.rand(len(obs), device=self.device) < self.epsilon
         if explores.any():
             action[explores] = torch.randint(len(ACTIONS), (len(obs),), device=self.device)[explores]
@@ -283,65 +283,63 @@ class Episode:
     level_complete: bool = False
 
 
-def play(levels, segment, recording=(), policy=None, follow_from=math.inf, continues=False, keep_frames=False):
-    """Play a segment: first its recorded actions and then, if continues is True, the actions that the policy chooses.
+def play(levels, segment, recording=(), policy=None, witness=None, witness_from=0, keep_frames=False):
+    """Play the recorded actions of a segment and then, if there is a policy, the actions that it chooses.
 
     Environments of the same seed, given the same actions, show the same frames. So this one loop collects, continues
     after a stop, draws a recording and verifies it. For each step it yields the new row, the recorded row (or None) and
-    the episodes that ended. From step follow_from on, the policy computes new log_probs for the recorded actions.
+    the episodes that ended. A witness is a policy that sees the recorded steps from step witness_from on; the new rows
+    have its log_probs.
     """
     num_envs = segment["num_envs"]
-    max_steps = segment.get("max_steps", math.inf)
-    quota = np.full(num_envs, math.inf)
+    steps_left = segment.get("max_steps", math.inf)
+    episodes_left = np.full(num_envs, math.inf)
     if "num_episodes" in segment:  # fixed per environment: the first episodes to end would be mostly short
         per_env, rest = divmod(segment["num_episodes"], num_envs)
-        quota = per_env + (np.arange(num_envs) < rest)
+        episodes_left = per_env + (np.arange(num_envs) < rest)
     envs = make_envs(num_envs, **levels, seed=segment["seed"])
     current = [Episode() for _ in range(num_envs)]
     length = np.zeros(num_envs, int)  # steps of the current episodes
-    finished = np.zeros(num_envs, int)  # episodes of each environment
-    steps = 0
     recording = iter(recording)
     for number in itertools.count():
         frames = envs.observe()[1]["rgb"]
-        recorded = next(recording, None)
         # Every episode that starts is played to its end: unfinished ones are mostly long, and must not be dropped.
-        may_start = (finished < quota) & (steps < max_steps)
+        may_start = (episodes_left > 0) & (steps_left > 0)
         playing = np.flatnonzero((length > 0) | may_start)
-        if recorded is None and not (continues and len(playing)):
+        begins = length[playing] == 0
+        recorded = next(recording, None)
+        if recorded is not None:
+            was_playing = np.flatnonzero(recorded["actions"] != IDLE)
+            if len(playing) == 0 or not np.array_equal(was_playing, playing):
+                raise Unfit(f"step {number} of the recording does not play the environments that it should")
+            actions = recorded["actions"][playing]
+            log_probs = recorded["log_probs"][playing]
+        elif policy is not None and len(playing):
+            seed_torch(segment["seed"], number)
+            actions, log_probs = policy.act(frames[playing], playing, begins)
+        else:
             break
 
-        actions = np.full(num_envs, IDLE, np.uint8)
-        log_probs = np.zeros(num_envs, np.float32)
-        begins = length[playing] == 0
-        if recorded is None:
-            seed_torch(segment["seed"], number)
-            actions[playing], log_probs[playing] = policy.act(frames[playing], playing, begins)
-        else:
-            then_playing = np.flatnonzero(recorded["actions"] != IDLE)
-            if not np.array_equal(then_playing, playing) or not len(playing):
-                raise Unfit(f"step {number} of the recording does not play the environments that it should")
-            actions[playing] = recorded["actions"][playing]
-            log_probs[playing] = recorded["log_probs"][playing]
-        row = {"actions": actions, "log_probs": log_probs, "checksums": np.uint32(zlib.crc32(frames))}
-        if recorded is not None and number >= follow_from:
-            row["log_probs"] = np.zeros(num_envs, np.float32)
-            row["log_probs"][playing] = policy.act(frames[playing], playing, begins, actions[playing])[1]
-
-        for env in playing:
-            episode = current[env]
-            episode.actions.append(actions[env])
-            episode.log_probs.append(log_probs[env])
+        row = {"actions": np.full(num_envs, IDLE, np.uint8), "log_probs": np.zeros(num_envs, np.float32)}
+        row["actions"][playing] = actions
+        row["log_probs"][playing] = log_probs
+        row["checksums"] = np.uint32(zlib.crc32(frames))
+        if recorded is not None and witness is not None and number >= witness_from:
+            row["log_probs"][playing] = witness.act(frames[playing], playing, begins, actions)[1]
+        for env, action, log_prob in zip(playing, actions, log_probs):
+            current[env].actions.append(action)
+            current[env].log_probs.append(log_prob)
             if keep_frames:
-                episode.frames.append(frames[env].copy())
-        envs.act(np.where(actions == IDLE, 0, actions).astype(np.int32))
+                current[env].frames.append(frames[env].copy())
+
+        envs.act(np.where(row["actions"] == IDLE, 0, row["actions"]).astype(np.int32))
         rewards, _, first = envs.observe()
         row["rewards"] = rewards.copy()
         row["dones"] = first.copy()
         for env in playing:
             current[env].rewards.append(rewards[env])
         length[playing] += 1
-        steps += len(playing)
+        steps_left -= len(playing)
 
         ended = playing[first[playing]]
         infos = envs.get_info() if len(ended) else None  # get_info is slow
@@ -353,35 +351,35 @@ def play(levels, segment, recording=(), policy=None, follow_from=math.inf, conti
             episodes.append(episode)
             current[env] = Episode()
         length[ended] = 0
-        finished[ended] += 1
+        episodes_left[ended] -= 1
         yield row, recorded, episodes
     envs.close()
 
 
-def collect(args: Args, path: Path | None, state: dict, folder: Path | None, note: dict) -> None:
-    """Play a policy into the dataset in folder, or only evaluate it if that is None. path and state: its checkpoint."""
+def collect(args: Args, path: Path | None, state: dict, folder: Path, note: dict) -> None:
+    """Play a policy into the dataset in folder. path and state are its checkpoint, if it has one."""
     args = fill_in(args, state["args"])
+    if not args.save_dataset:
+        folder = None
     device = choose_device(args)
     agent = None if args.random else load_agent(args, state, path).to(device)
     played = f"{args.env_id}, {args.distribution_mode}, {path or 'random actions'}"
     print(f"{played} -> {folder or 'evaluation only'}", flush=True)
     with Dataset(args, folder, describe(args, path, state, device, note)) as dataset:
         for number, segment in dataset.segments():
+            recording = dataset.read_rows(number)
             policy = make_policy(args, agent, segment["num_envs"], device)
-            follow_from = math.inf
-            if policy.has_memory:  # no current episode is longer than the time limit
-                follow_from = dataset.lengths[number] - time_limit(args.env_id, args.distribution_mode)
+            witness = None
+            witness_from = 0
+            if policy.has_memory:  # no episode that continues is longer than the time limit
+                witness = policy
+                witness_from = dataset.lengths[number] - time_limit(args.env_id, args.distribution_mode)
             for row, recorded, episodes in play(
-                dataset.levels,
-                segment,
-                recording=dataset.read_rows(number),
-                policy=policy,
-                follow_from=follow_from,
-                continues=True,
-                keep_frames=dataset.draws,
+                dataset.levels, segment, recording, policy, witness, witness_from, keep_frames=dataset.draws
             ):
                 dataset.take(row, recorded, episodes)
-    report(args, dataset)
+    if args.video:
+        make_video(args, dataset)
 
 
 def draw(args: Args) -> None:
@@ -391,28 +389,28 @@ def draw(args: Args) -> None:
             recording = itertools.islice(dataset.read_rows(number), dataset.last_row)
             for row, recorded, episodes in play(dataset.levels, segment, recording, keep_frames=True):
                 dataset.take(row, recorded, episodes)
-    report(args, dataset)
+    if args.video:
+        make_video(args, dataset)
 
 
 def verify(args: Args) -> int:
     """Play a dataset again and compare everything that is in it. Returns the exit code."""
-    with Verification(args, Path(args.verify)) as dataset:
-        collected_with = dataset.metadata["args"] if "collector" in dataset.metadata else {}
-        played_with = SimpleNamespace(**{"random": False, "epsilon": 0.0, **collected_with})
-        agent = load_agent_of(dataset, args, played_with)
-        for number, segment in dataset.segments():
-            policy = None
-            follow_from = math.inf
-            if agent is not None or played_with.random:
-                policy = make_policy(played_with, agent, segment["num_envs"], torch.device("cpu"))
-                follow_from = 0
-            recording = dataset.read_rows(number)
-            for row, recorded, episodes in play(
-                dataset.levels, segment, recording, policy, follow_from, keep_frames=True
-            ):
-                dataset.check(row, recorded, episodes)
-        code = dataset.judge()
-    report(args, dataset)
+    dataset = Verification(args, Path(args.verify))
+    collected_with = SimpleNamespace(random=False, epsilon=0.0)
+    if "collector" in dataset.metadata:  # a training's arguments are others
+        vars(collected_with).update(dataset.metadata["args"])
+    collected_with.agent_from = args.agent_from
+    agent = load_agent_of(dataset, args, collected_with)
+    for number, segment in dataset.segments():
+        recording = dataset.read_rows(number)
+        witness = None
+        if agent is not None or collected_with.random:
+            witness = make_policy(collected_with, agent, segment["num_envs"], torch.device("cpu"))
+        for row, recorded, episodes in play(dataset.levels, segment, recording, witness=witness, keep_frames=True):
+            dataset.check(row, recorded, episodes)
+    code = dataset.judge()
+    if args.video:
+        make_video(args, dataset)
     return code
 
 
@@ -424,6 +422,7 @@ SCRIPT = Path(__file__).name
 EXIT_STOPPED = 75  # EX_TEMPFAIL: run the same command again to continue
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2, signal.SIGHUP)
 CORES = torch.get_num_threads()  # those that this process may use, or OMP_NUM_THREADS
+POOL = ThreadPoolExecutor(CORES)  # zlib and files do not need the GIL
 # The games that have more modes than easy and hard. Asked for any other, Procgen's library ends the whole process.
 EXTRA_MODES = {
     "extreme": ("chaser", "dodgeball", "leaper", "starpilot"),
@@ -486,7 +485,7 @@ def fail(message: str, code: int = 1) -> NoReturn:
 
 
 class Unfit(Exception):
-    """A checkpoint or a dataset cannot be played. With --ratio, its run is skipped.
+    """The files of a checkpoint or a dataset cannot be played. With --ratio, its run is skipped.
 
     code is the exit code. Code 0 means that the run is intact, but has nothing that --ratio can use.
     """
@@ -559,24 +558,33 @@ def read_args(words: list) -> Args:
     if "--help" in words or "-h" in words:
         print_help()
         sys.exit()
-    whole_numbers = [flag(x.name) for x in fields(Args) if x.type in (int, int | None)]
-    words = list(words)
-    for i, word in enumerate(words):
+    for place, word in enumerate(words):
         name = word.partition("=")[0].replace("_", "-")
         if name in GEN_DGRL_FLAGS:
             fail(f"{name} is gen_dgrl's name of an argument; here it is {GEN_DGRL_FLAGS[name]}", 2)
-        following = itertools.takewhile(lambda word: not word.startswith("--"), words[i + 1 :])
-        values = list(following)
-        if word in ("--checkpoint", "--render", "--verify") and len(values) > 1:
-            what = "file" if word == "--checkpoint" else "folder"
-            fail(f"{word} takes one {what}; yours matched {len(values)}: {', '.join(values)[:500]}", 2)
-        if word in whole_numbers and values and re.fullmatch(r"\d+(\.\d+)?[eE]\d+", values[0]):  # such as 1e6
-            number = float(values[0])
-            if number.is_integer():
-                words[i + 1] = f"{number:.0f}"
-    args = tyro.cli(Args, args=words, description=__doc__)
+        values = list(itertools.takewhile(lambda later: not later.startswith("-"), words[place + 1 :]))
+        if name in ("--checkpoint", "--render", "--verify") and len(values) > 1:
+            what = "file" if name == "--checkpoint" else "folder"
+            fail(f"{name} takes one {what}; yours matched {len(values)}: {' '.join(values)[:200]}", 2)
+    args = tyro.cli(Args, args=spell_out(words), description=__doc__)
     check_args(args)
     return args
+
+
+def spell_out(words: list) -> list:
+    """The command line with whole numbers such as 1e6 written as 1000000, as argument parsers demand."""
+    whole_numbers = [flag(field.name) for field in fields(Args) if field.type in (int, int | None)]
+    spelled_out = []
+    before = ""
+    for word in words:
+        name, equals, number = word.rpartition("=")
+        argument = name if equals else before
+        if argument.replace("_", "-") in whole_numbers and re.fullmatch(r"\d+(\.\d+)?[eE]\d+", number):
+            if float(number).is_integer():
+                word = f"{name}{equals}{float(number):.0f}"
+        spelled_out.append(word)
+        before = word
+    return spelled_out
 
 
 def check_args(args: Args) -> None:
@@ -588,9 +596,10 @@ def check_args(args: Args) -> None:
         fail("give one of --checkpoint, --ratio, --random, --render and --verify, or --checkpoint with --verify", 2)
     mode = given[-1]
     for argument in fields(args):
-        useless = argument.name in UNUSED_BY.get(mode, ())
         if mode in USED_BY:
             useless = argument.name not in USED_BY[mode]
+        else:
+            useless = argument.name in UNUSED_BY[mode]
         if useless and getattr(args, argument.name) != argument.default:
             fail(f"{flag(argument.name)} has no effect with {flag(mode)}; leave it out", 2)
     if mode in ("ratio", "random"):
@@ -647,7 +656,7 @@ def describe(args: Args, path: Path | None, state: dict, device: torch.device, n
     """The metadata of a collection."""
     about = {name: getattr(args, name) for name in LEVELS}
     about["collector"] = SCRIPT
-    about["args"] = json.loads(json.dumps(asdict(args)))
+    about["args"] = json.loads(json.dumps(asdict(args)))  # as it will be read back: tuples become lists
     about["checkpoint"] = None if path is None else str(path)
     about["checkpoint_sha256"] = state["sha256"]
     for name in OF_CHECKPOINT:
@@ -676,12 +685,9 @@ def load_checkpoint(path: Path) -> dict:
         if damaged is not None:
             raise ValueError(f"the checksum of {damaged} is wrong")
         state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises anything
-        raise Unfit(f"checkpoint {path} is damaged or holds more than plain values ({one_line(error)})") from None
-    try:
         check_checkpoint(state)
-    except Exception as error:  # depends on what is in the file
-        raise Unfit(f"checkpoint {path} was not written by these scripts ({one_line(error)})") from None
+    except Exception as error:  # torch.load raises anything, and the checks what the content makes them
+        raise Unfit(f"checkpoint {path} is damaged, or not written by these scripts ({one_line(error)})") from None
     state.pop("optimizer_state_dict", None)  # large, and of no use here
     state["sha256"] = hashlib.sha256(content).hexdigest()  # of what was read: the file may be replaced
     return state
@@ -704,7 +710,7 @@ def check_checkpoint(state: dict) -> None:
     demand(state["test_return"] is None or math.isfinite(float(state["test_return"])), "test_return")
     demand(isinstance(state["test_return"], (float, int, type(None))), "test_return")
     for name, weight in state["model_state_dict"].items():
-        demand(weight.isfinite().all(), f"{name}, which has values that are not finite,")
+        demand(weight.isfinite().all(), f"{name} (not finite)")
 
 
 def demand(condition, what: str) -> None:
@@ -712,12 +718,12 @@ def demand(condition, what: str) -> None:
         raise ValueError(f"{what} is not what a script here writes")
 
 
-def is_whole(value, least: int, most: int = MAX_LEVEL * 2**32) -> bool:
+def is_whole(value, least: int, most: int = 2**63 - 1) -> bool:
     return type(value) is int and least <= value <= most
 
 
 def agent_sha256(source: bytes) -> str:
-    """Hash of the text of class Agent in a script and of everything the script defines that Agent refers to.
+    """Hash of the text of class Agent in a script and of all definitions there that Agent uses, directly or not.
 
     Args is left out, so that its defaults may change.
     """
@@ -793,7 +799,7 @@ def load_agent(args: Args, state: dict, path: Path) -> nn.Module:
     return agent
 
 
-def load_agent_of(dataset, args: Args, played_with) -> nn.Module | None:
+def load_agent_of(dataset, args: Args, collected_with) -> nn.Module | None:
     """The network of --checkpoint, which must be the one that collected the dataset; None without --checkpoint."""
     if args.checkpoint is None:
         return None
@@ -808,8 +814,7 @@ def load_agent_of(dataset, args: Args, played_with) -> nn.Module | None:
         if metadata.get(name) != state[name]:
             wrong = f"{name} is {metadata.get(name)}, in the checkpoint {state[name]}"
             fail(f"{args.verify}/metadata.json does not fit the checkpoint: {wrong}")
-    played_with.agent_from = args.agent_from
-    return load_agent(played_with, state, path)
+    return load_agent(collected_with, state, path)
 
 
 def choose_checkpoint(run: Path, args: Args) -> tuple:
@@ -860,7 +865,7 @@ def load_of_run(path: Path, args: Args) -> dict:
 
 
 def write_file(path: Path, content: bytes, temporaries: Path | None = None) -> None:
-    """Replace a file atomically: at any moment, killed or not, there is the whole old or the whole new one."""
+    """Replace a file atomically: even if the process is killed, the file is wholly the old or wholly the new one."""
     temporary = (temporaries or path.parent) / f".{path.name}.tmp"
     try:
         with open(temporary, "wb") as file:
@@ -915,6 +920,10 @@ def episode_name(index: int, episode: Episode) -> str:
     return f"{index}_{len(episode.actions)}_{episode.level_seed}_{rounded:.2f}.npz"
 
 
+def name_without_time(path: Path) -> str:
+    return path.name.partition("_")[2]
+
+
 def pack_episode(levels: dict, index: int, episode: Episode) -> tuple:
     """Index, name and content of an episode's file. Runs in a thread: the compressor releases the GIL."""
     name = f"{time.strftime('%Y%m%dT%H%M%S')}_{episode_name(index, episode)}"
@@ -923,11 +932,9 @@ def pack_episode(levels: dict, index: int, episode: Episode) -> tuple:
 
 def fault_in(path: Path, levels: dict, index: int, episode: Episode, same_build: bool) -> str | None:
     """What is wrong with the file of an episode that was just played again, or None."""
-    if path.name[16:] != episode_name(index, episode):
+    if name_without_time(path) != episode_name(index, episode):
         return f"{path.name}: by the recording it is {episode_name(index, episode)}"
     expected = to_arrays(episode, levels)
-    if same_build and path.read_bytes() == to_npz(expected):
-        return None
     try:
         with np.load(path, allow_pickle=False) as file:
             found = {key: file[key] for key in file.files}
@@ -969,14 +976,9 @@ def read_chunk(path: Path, num_envs: int) -> dict:
 def counts(summary: list) -> dict:
     """Numbers of episodes and steps, and mean, standard deviation and range of the returns."""
     returns = [episode[0] for episode in summary]
-    lengths = [episode[1] for episode in summary]
-    found = {"episodes": len(summary), "steps": sum(lengths)}
-    if not returns:
-        return {**found, "return_mean": None, "return_std": None, "return_min": None, "return_max": None}
-    found["return_mean"] = float(np.mean(returns))
-    found["return_std"] = float(np.std(returns))
-    found["return_min"] = min(returns)
-    found["return_max"] = max(returns)
+    found = {"episodes": len(summary), "steps": sum(episode[1] for episode in summary)}
+    for name, function in {"mean": np.mean, "std": np.std, "min": np.min, "max": np.max}.items():
+        found[f"return_{name}"] = float(function(returns)) if returns else None
     return found
 
 
@@ -994,8 +996,8 @@ def read_metadata(folder: Path) -> dict:
     """metadata.json of a dataset. Exits with code 1 if there is none, or no script here can have written it."""
     path = folder / "metadata.json"
     if not path.exists():
-        if (folder.parent / "metadata.json").exists() and (folder.is_dir() or not folder.exists()):
-            fail(f"{folder} is a folder in a dataset; give the folder above, {folder.parent}")
+        if (folder.parent / "metadata.json").exists():
+            fail(f"{folder} lies in a dataset; give the folder above, {folder.parent}")
         if any(folder.glob("**/*.npz")):
             fail(f"{folder} has .npz files, but no metadata.json: without its recording nothing can be played again")
         fail(f"{path} does not exist; give the folder of a dataset or a recording")
@@ -1032,7 +1034,7 @@ def check_metadata(metadata: dict) -> None:
         epsilon = args.get("epsilon", 0)
         demand(type(epsilon) in (int, float) and 0 <= epsilon <= 1, "epsilon")
     for name in LEVELS:
-        demand(args.get(name) == metadata[name], f"{name}, which differs in args,")
+        demand(args.get(name) == metadata[name], f"{name} (args has another)")
 
 
 def identity(metadata: dict) -> dict:
@@ -1050,7 +1052,7 @@ def lock_folder(folder: Path) -> filelock.FileLock:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = filelock.FileLock(folder / ".lock", fallback_to_soft=False)
-        lock.acquire(timeout=LOCK_PATIENCE if on_cluster else 1)  # sweep.py may be asking whether it is in use
+        lock.acquire(timeout=LOCK_PATIENCE if on_cluster else 1)  # a second, as sweep.py holds it for a moment
     except filelock.Timeout:
         in_use = f"{folder} is in use by another process"
         fail(f"{in_use}; wait for it to end or choose another folder", EXIT_STOPPED if on_cluster else 1)
@@ -1069,7 +1071,7 @@ class Recording:
         self.args = args
         self.folder = folder
         self.metadata = {"format": 2, **(about or {}), "versions": versions(), "segments": [], "complete": False}
-        self.chunks = []  # of each segment, (first step, path) of its files
+        self.chunks = []  # of each segment, the paths of its files
         self.lengths = []  # of each segment, the number of its recorded steps
         self.recorded = {"episodes": 0, "steps": 0}
         self.drawn = {}  # path of each episode that has its frames, by index
@@ -1086,32 +1088,28 @@ class Recording:
         self.metadata = read_metadata(self.folder)
         self.same_build = self.metadata["versions"]["procgen"] == versions()["procgen"]
         segments = self.metadata["segments"]
-        self.chunks = [[] for _ in segments]
-        for path in sorted(self.folder.glob("*.npz")):
+        files = []
+        for path in self.folder.glob("*.npz"):
             match = CHUNK_NAME.fullmatch(path.name)
             if not match or int(match[1]) >= len(segments):
                 raise Unfit(f"{path} does not belong to this recording; move it away")
-            self.chunks[int(match[1])].append((int(match[2]), path))
+            files.append((int(match[1]), int(match[2]), path))
+        self.chunks = [[] for _ in segments]
+        self.lengths = [0 for _ in segments]
         self.recorded = {"episodes": 0, "steps": 0}
-        self.lengths = [self.check_chunks(number) for number in range(len(segments))]
+        for number, first_step, path in sorted(files):
+            chunk = read_chunk(path, segments[number]["num_envs"])
+            if first_step != self.lengths[number]:
+                raise Unfit(f"{path} does not follow the file before it, which ends at step {self.lengths[number]}")
+            playing = chunk["actions"] != IDLE
+            self.recorded["episodes"] += int((chunk["dones"] & playing).sum())
+            self.recorded["steps"] += int(playing.sum())
+            self.chunks[number].append(path)
+            self.lengths[number] += len(playing)
         for number, (segment, length) in enumerate(zip(segments, self.lengths)):
             if length != segment.get("rows", length):
                 raise Unfit(f"{self.folder}: segment {number} has {length} steps, not {segment['rows']}")
         self.find_episodes()
-
-    def check_chunks(self, number: int) -> int:
-        """Read all files of a segment once, and count what is in them. Returns the number of its steps."""
-        rows = 0
-        self.chunks[number].sort()
-        for first_step, path in self.chunks[number]:
-            chunk = read_chunk(path, self.metadata["segments"][number]["num_envs"])
-            if first_step != rows:
-                raise Unfit(f"{path} does not follow the file before it, which ends at step {rows}")
-            playing = chunk["actions"] != IDLE
-            self.recorded["episodes"] += int((chunk["dones"] & playing).sum())
-            self.recorded["steps"] += int(playing.sum())
-            rows += len(chunk["actions"])
-        return rows
 
     def find_episodes(self) -> None:
         self.drawn = {}
@@ -1131,7 +1129,7 @@ class Recording:
 
     def read_rows(self, number: int):
         """Yield the recorded steps of a segment, each a dict with the keys of ROW."""
-        for _, path in self.chunks[number]:
+        for path in self.chunks[number]:
             chunk = read_chunk(path, self.metadata["segments"][number]["num_envs"])
             for t in range(len(chunk["actions"])):
                 yield {key: chunk[key][t] for key in ROW}
@@ -1146,9 +1144,10 @@ class Recording:
 
     def compare(self, row: dict, recorded: dict) -> None:
         """Raise Unfit if a step that was played again gives something else than recorded."""
-        for key in ("rewards", "dones", "checksums"):
-            if key == "checksums" and not self.same_build:
-                continue
+        keys = ["rewards", "dones"]
+        if self.same_build:  # the two builds of Procgen draw differently
+            keys.append("checksums")
+        for key in keys:
             if not np.array_equal(row[key], recorded[key]):
                 where = f"first at step {self.rows} of segment {self.number}"
                 raise Unfit(f"{self.folder}: played again, it gives other {key} than recorded, {where}")
@@ -1167,38 +1166,37 @@ class Recording:
 
 
 class Dataset(Recording):
-    """A recording that a collection extends (about is its metadata) or that --render draws (about is None).
+    """A recording that is written to. A collection adds steps to it (about is its metadata); --render only draws.
 
-    If folder is None, it stays in memory: the collection is only an evaluation.
+    If folder is None, the recording stays in memory: the collection is only an evaluation.
     """
 
     def __init__(self, args: Args, folder: Path | None, about: dict | None = None):
         super().__init__(args, folder, about)
         self.about = about
+        self.collects = about is not None
         self.draws = args.frames and folder is not None
         self.wanted = 0  # steps or episodes
-        if about is not None:
+        if self.collects:
             self.wanted = args.num_episodes or args.total_timesteps
         self.first_row = 0  # episodes that end before it are not drawn
-        self.last_row = None  # to play to, if not to the end
+        self.last_row = None  # number of rows to play; None: all
+        self.changes = []  # since the dataset was begun, of what the last digits of log_probs depend on
         self.unsaved = []  # rows that are not on disk yet
         self.packing = []  # futures of the episodes that are not on disk yet
         self.unwritten_steps = 0
-        self.pool = ThreadPoolExecutor(CORES)
         self.lock = None
         self.signals = []
 
     def __enter__(self):
-        there = self.folder is not None and (self.folder / "metadata.json").exists()
-        if there or self.about is None:
-            self.read()
-        if self.folder is None or self.is_finished():
+        if self.folder is None:
             return self
-        if not there and (any(self.folder.glob("*.npz")) or any(self.folder.glob("*/*.npz"))):
-            fail(f"{self.folder} holds episodes without a metadata.json; choose another folder", 2)
+        self.read()
+        if self.is_finished():  # nothing will be written, so the disk may be read-only
+            return self
         self.lock = lock_folder(self.folder)
-        if (self.folder / "metadata.json").exists():
-            self.read()  # again: another process may have written until now
+        self.read()  # again: another process may have written until now
+        if self.metadata["segments"]:  # so they are of this script
             for leftover in self.folder.glob(".*.tmp"):  # from a write that was killed
                 leftover.unlink()
         if self.draws:
@@ -1206,6 +1204,10 @@ class Dataset(Recording):
         return self
 
     def read(self) -> None:
+        if self.collects and not (self.folder / "metadata.json").exists():  # a new dataset
+            if any(self.folder.glob("*.npz")) or any(self.folder.glob("*/*.npz")):
+                fail(f"{self.folder} holds episodes without a metadata.json; choose another folder", 2)
+            return
         super().read()
         if not self.same_build:
             here = versions()["procgen"]
@@ -1213,7 +1215,7 @@ class Dataset(Recording):
             fail(f"{self.folder} was recorded by {drawn_by}, which draws other frames than {here} here", 2)
         if self.misplaced:
             fail(f"{self.misplaced[0]}; move it away")
-        if self.about is not None:
+        if self.collects:
             self.continue_as(self.about)
         if self.args.iterations is not None:
             self.choose_iterations(*self.args.iterations)
@@ -1221,19 +1223,17 @@ class Dataset(Recording):
     def continue_as(self, about: dict) -> None:
         """Take over the metadata of this command. Exits with code 2 if the dataset is another one."""
         found = self.metadata
-        there = identity(found)
+        theirs = identity(found)
         ours = identity(about)
-        for name in sorted(there.keys() | ours.keys()):
-            if there.get(name) != ours.get(name):
-                differs = f"whose {name} is {there.get(name)}, not {ours.get(name)}"
+        for name in sorted(theirs.keys() | ours.keys()):
+            if theirs.get(name) != ours.get(name):
+                differs = f"whose {name} is {theirs.get(name)}, not {ours.get(name)}"
                 fail(f"{self.folder} holds a dataset {differs}; choose another folder", 2)
         now = {"device": about["device"], "threads": about["threads"], **versions()}
         then = {"device": found.get("device"), "threads": found.get("threads"), **found["versions"]}
-        changes = [f"{name} {then.get(name)} -> {now[name]}" for name in now if now[name] != then.get(name)]
-        if changes and not found["complete"]:
-            print(f"note: the last digits of log_probs, and so actions, may differ from here on: {', '.join(changes)}")
+        self.changes = [f"{name} {then.get(name)} -> {now[name]}" for name in now if now[name] != then.get(name)]
         self.metadata = {**found, **about, "versions": versions()}
-        if found.get("device") == "cuda":  # its log_probs are less precise
+        if found.get("device") == "cuda":  # once on a GPU, always marked so: its log_probs are less precise
             self.metadata["device"] = "cuda"
 
     def choose_iterations(self, first: int, last: int) -> None:
@@ -1251,25 +1251,31 @@ class Dataset(Recording):
     def segments(self):
         """Yield (number, segment) of every recorded segment, then of new ones as long as more is wanted."""
         if self.is_finished():
-            more = "; ask for more to extend it" if self.about else ""
+            more = "; ask for more to extend it" if self.collects else ""
             print(f"{self.folder} is complete with {self.recorded['episodes']} episodes{more}")
             return
+        self.begin()
+        while self.number < len(self.metadata["segments"]) or self.extend():
+            self.rows = 0
+            yield self.number, self.metadata["segments"][self.number]
+            self.save()
+            if self.collects:
+                self.metadata["segments"][self.number]["rows"] = self.rows
+            self.number += 1
+        self.finish()
+        if self.signals:
+            self.stop()
+
+    def begin(self) -> None:
+        """Say what comes; from now on a signal waits until everything is saved."""
+        if self.changes and not self.metadata["complete"]:
+            changes = ", ".join(self.changes)
+            print(f"note: the last digits of log_probs, and so actions, may differ from here on: {changes}")
         if self.recorded["steps"]:
             print(f"{self.folder}: playing {self.recorded['steps']:,} recorded steps again", flush=True)
         self.show_progress(max(self.wanted, self.recorded[self.unit]))
         self.next_save = time.monotonic() + self.args.save_interval
         on_signal(lambda signum, _: self.signals.append(signum))
-        while self.number < len(self.metadata["segments"]) or self.extend():
-            segment = self.metadata["segments"][self.number]
-            self.rows = 0
-            yield self.number, segment
-            self.save()
-            if self.about is not None:
-                segment["rows"] = self.rows
-            self.number += 1
-        self.finish()
-        if self.signals:
-            self.stop()
 
     def extend(self) -> bool:
         """Begin a segment if more is wanted. It has a seed of its own, so that no episode is collected twice."""
@@ -1296,9 +1302,12 @@ class Dataset(Recording):
             self.unsaved.append(row)
         else:
             self.compare(row, recorded)
-        for index, episode in self.count(recorded or row, episodes):
+            row = recorded  # it has the log_probs that were recorded, and not a witness's
+        for index, episode in self.count(row, episodes):
             if index in self.drawn:
-                self.check_name(index, episode)
+                path = self.drawn[index]
+                if name_without_time(path) != episode_name(index, episode):
+                    raise Unfit(f"{path} is not episode {index} of the recording; move it away, and it is drawn again")
             elif self.draws and self.rows > self.first_row:
                 self.pack(index, episode)
         if self.signals or time.monotonic() > self.next_save or self.unwritten_steps > MAX_UNWRITTEN:
@@ -1306,17 +1315,12 @@ class Dataset(Recording):
         if self.signals:
             self.stop()
 
-    def check_name(self, index: int, episode: Episode) -> None:
-        path = self.drawn[index]
-        if path.name[16:] != episode_name(index, episode):
-            raise Unfit(f"{path} is not episode {index} of the recording; move it away, and it is drawn again")
-
     def pack(self, index: int, episode: Episode) -> None:
-        """Compress an episode in the background. Few may wait for it, as their frames take memory."""
+        """Compress an episode in the background. Wait here if many are queued, as their frames take memory."""
         waiting = [job for job in self.packing if not job.done()]
         if len(waiting) > CORES:
             waiting[0].result()
-        self.packing.append(self.pool.submit(pack_episode, self.levels, index, episode))
+        self.packing.append(POOL.submit(pack_episode, self.levels, index, episode))
         self.unwritten_steps += len(episode.actions)
 
     def save(self) -> None:
@@ -1327,11 +1331,11 @@ class Dataset(Recording):
                 chunk = {key: np.stack([row[key] for row in self.unsaved]) for key in ROW}
                 path = self.folder / f"{self.number}_{first_step:08d}.npz"
                 write_file(path, to_npz(chunk))
-                self.chunks[self.number].append((first_step, path))
+                self.chunks[self.number].append(path)
                 self.unsaved = []
                 self.write_metadata()
             packed = [job.result() for job in self.packing]
-            list(self.pool.map(self.write_episode, packed))  # list() waits, and raises what went wrong
+            list(POOL.map(self.write_episode, packed))  # list() waits, and raises what went wrong
             self.packing = []
             self.unwritten_steps = 0
         self.next_save = time.monotonic() + self.args.save_interval
@@ -1345,7 +1349,7 @@ class Dataset(Recording):
         write_file(self.drawn[index], content, temporaries=self.folder)
 
     def write_metadata(self) -> None:
-        if self.about is not None and self.folder is not None:
+        if self.folder is not None:
             self.metadata.update(counts(self.summary))
             write_file(self.folder / "metadata.json", json.dumps(self.metadata, indent=2).encode())
 
@@ -1357,24 +1361,25 @@ class Dataset(Recording):
         sys.exit(EXIT_STOPPED)
 
     def finish(self) -> None:
-        """Write what a complete dataset has."""
-        self.final_speed = self.speed()
+        """Write what a complete dataset has, and print the summary."""
+        speed = self.speed()
         self.bar.close()
         if self.folder is not None:
             if self.draws:
                 contact_sheet(self.folder, [self.drawn[index] for index in sorted(self.drawn)])
-            if self.about is not None:
+            if self.collects:
                 self.metadata.update(counts(self.summary))
                 self.metadata["log_probs_sha256"] = self.log_probs_hash.hexdigest()
                 write_card(self.folder, self.metadata)
                 self.metadata["complete"] = True
                 self.write_metadata()
+        if self.summary:
+            print_summary(self.levels, self.summary, speed)
 
     def speed(self) -> float:
         return counts(self.summary)["steps"] / max(time.monotonic() - self.start_time, 1e-9)
 
     def __exit__(self, kind, error, traceback):
-        self.pool.shutdown(cancel_futures=True)
         if self.lock is not None:
             self.lock.release()
         on_signal(exit_at_once)
@@ -1383,15 +1388,14 @@ class Dataset(Recording):
 class Verification(Recording):
     """A recording that is compared with what comes out when it is played again."""
 
-    def __enter__(self):
+    def __init__(self, args: Args, folder: Path):
+        super().__init__(args, folder)
         self.read()
         self.faults = []
         self.checking = deque()  # futures of the episodes that are being compared
-        self.pool = ThreadPoolExecutor(CORES)
         self.log_prob_error = 0.0
         for message in self.misplaced:
             self.blame(message)
-        return self
 
     def segments(self):
         print(f"{self.folder}: playing {self.recorded['steps']:,} recorded steps again", flush=True)
@@ -1399,11 +1403,11 @@ class Verification(Recording):
         for number, segment in enumerate(self.metadata["segments"]):
             self.number = number
             self.rows = 0
-            before = counts(self.summary)
+            first = len(self.summary)
             yield number, segment
-            after = counts(self.summary)
-            too_few = after["episodes"] - before["episodes"] < segment.get("num_episodes", 0)
-            too_short = after["steps"] - before["steps"] < segment.get("max_steps", 0)
+            lengths = [episode[1] for episode in self.summary[first:]]
+            too_few = len(lengths) < segment.get("num_episodes", 0)
+            too_short = sum(lengths) < segment.get("max_steps", 0)
             if self.metadata["complete"] and (too_few or too_short):
                 self.blame(f"segment {number} ends before its max_steps or num_episodes")
         self.settle(0)
@@ -1411,16 +1415,16 @@ class Verification(Recording):
 
     def check(self, row: dict, recorded: dict, episodes: list) -> None:
         self.compare(row, recorded)
-        error = float(np.abs(row["log_probs"] - recorded["log_probs"]).max())
-        self.log_prob_error = max(self.log_prob_error, error)
+        error = np.abs(row["log_probs"] - recorded["log_probs"]).max()
+        self.log_prob_error = float(np.maximum(self.log_prob_error, error))  # nan stays nan
         for index, episode in self.count(recorded, episodes):
             if index in self.drawn:
-                job = (fault_in, self.drawn[index], self.levels, index, episode, self.same_build)
                 self.settle(2 * CORES)
-                self.checking.append(self.pool.submit(*job))
+                path = self.drawn[index]
+                self.checking.append(POOL.submit(fault_in, path, self.levels, index, episode, self.same_build))
 
     def settle(self, number: int) -> None:
-        """Wait until no more than a number of episodes are being compared."""
+        """Wait until at most this number of comparisons are under way."""
         while len(self.checking) > number:
             fault = self.checking.popleft().result()
             if fault is not None:
@@ -1441,9 +1445,9 @@ class Verification(Recording):
         found = counts(self.summary)
         found["log_probs_sha256"] = self.log_probs_hash.hexdigest()
         for name, value in found.items():
-            there = metadata.get(name, value)
-            if metadata["complete"] and not same_number(there, value):
-                self.blame(f"metadata.json: {name} is {there} there, {value} by what was played")
+            stored = metadata.get(name, value)
+            if metadata["complete"] and not same_number(stored, value):
+                self.blame(f"metadata.json: {name} is {stored} there, {value} by what was played")
         tolerance = 1e-4 if metadata.get("device") == "cpu" else 0.02  # a GPU's convolutions are less precise
         if not self.log_prob_error <= tolerance:
             self.blame(f"log_probs are up to {self.log_prob_error:.3g} from those of the policy")
@@ -1462,23 +1466,11 @@ class Verification(Recording):
         print(f"{self.folder}: {total} episodes, {total - len(missing)} of them drawn: {proof}")
         return 0 if metadata["complete"] and total and not self.faults else 1
 
-    def __exit__(self, kind, error, traceback):
-        self.pool.shutdown(cancel_futures=True)
-
 
 def same_number(one, other) -> bool:
     if isinstance(one, float) and isinstance(other, float):
         return math.isclose(one, other, rel_tol=1e-6, abs_tol=1e-6)
     return one == other
-
-
-def report(args: Args, recording: Recording) -> None:
-    """Print what was played, and make the video if one is wanted."""
-    if recording.summary and args.verify is None:
-        print_summary(recording.levels, recording.summary, recording.final_speed)
-    if args.video:
-        rows = recording.unsaved if recording.folder is None else recording.read_rows(0)
-        make_video(args, recording.folder, recording.metadata, rows)
 
 
 def print_summary(levels: dict, summary: list, speed: float) -> None:
@@ -1554,14 +1546,16 @@ def contact_sheet(folder: Path, paths: list) -> None:
     write_file(folder / "preview.png", buffer.getvalue())
 
 
-def make_video(args: Args, folder: Path | None, metadata: dict, rows) -> None:
+def make_video(args: Args, recording: Recording) -> None:
     """Play the first episodes of a recording again, side by side, in Procgen's own large rendering.
 
-    Environment i does not depend on how many there are, so the first columns of the rows are enough.
+    What environment i shows does not depend on num_envs, so the first columns of the rows are enough.
     """
-    path = Path(args.video_path or (folder or Path()) / "video.mp4")
+    metadata = recording.metadata
     if not metadata["segments"]:
         return
+    path = Path(args.video_path or (recording.folder or Path()) / "video.mp4")
+    rows = recording.unsaved if recording.folder is None else recording.read_rows(0)
     num = min(args.video, metadata["segments"][0]["num_envs"])
     if num < args.video:
         print(f"note: --video {args.video} shows {num} episodes, the first one of each environment that was played")
@@ -1652,22 +1646,22 @@ def main() -> None:
             collect_from_runs(args)
         elif args.random:
             folder = Path(folder or Path("datasets") / args.env_id / "random")
-            collect(args, None, NO_CHECKPOINT, folder if args.save_dataset else None, {})
+            collect(args, None, NO_CHECKPOINT, folder, {})
         else:
             path = Path(args.checkpoint)
             state = load_checkpoint(path)
             folder = Path(folder or Path("datasets") / state["args"]["env_id"] / state["xpid"] / path.stem)
-            collect(args, path, state, folder if args.save_dataset else None, {})
+            collect(args, path, state, folder, {})
     except Unfit as error:
         fail(error.reason, error.code)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's last flush fails as well
         fail("the program that read the output has ended; the same command continues")
     except torch.OutOfMemoryError:
         fail("the GPU has too little memory; use fewer --num-envs, or --no-cuda")
     except (OSError, MemoryError) as error:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        fail(f"{folder} could not be written: {reason}; the same command continues")
+        fail(f"{folder or args.ratio_checkpoint_dir} could not be written: {reason}; the same command continues")
     on_signal(signal.SIG_IGN)  # a signal during Python's shutdown would change the exit code
 
 
@@ -1681,8 +1675,7 @@ def collect_from_runs(args: Args) -> None:
     for run in sorted(path for path in root.iterdir() if path.is_dir()):
         try:
             path, state, note = choose_checkpoint(run, args)
-            folder = run / args.ratio_dataset_dir / str(args.ratio)
-            collect(args, path, state, folder if args.save_dataset else None, note)
+            collect(args, path, state, run / args.ratio_dataset_dir / str(args.ratio), note)
             collected += 1
         except Unfit as error:
             print(f"{run} is skipped: {error.reason}")

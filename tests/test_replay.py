@@ -210,7 +210,7 @@ def test_memory_is_taken_as_far_as_episodes_reach():
     """A thousand environments of bigfish, whose episodes may take 6,000 steps, are 75 GB of frames."""
     levels = {"env_id": "bigfish", "distribution_mode": "easy", "start_level": 0, "num_levels": 200}
     segment, policy = {"seed": 0, "num_envs": 1024}, collect_procgen.RandomPolicy()
-    steps = collect_procgen.play(levels, segment, policy=policy, continues=True, keep_frames=True)
+    steps = collect_procgen.play(levels, segment, policy=policy, keep_frames=True)
     next(steps)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for _ in range(3):

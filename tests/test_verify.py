@@ -181,7 +181,7 @@ def test_changed_levels_are_noticed(changes, folder, request):
     change_metadata(folder, **changes)
     process = verify(folder)
     assert process.returncode == 1
-    assert_one_line(process.stderr, f"{next(iter(changes))}, which differs in args")
+    assert_one_line(process.stderr, f"{next(iter(changes))} (args has another)")
     change_metadata(folder, **changes, args={**metadata(folder)["args"], **changes})
     process = verify(folder)
     assert process.returncode == 1
