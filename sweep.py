@@ -55,7 +55,7 @@ class Args:
     num_samples: int | None = None  # take so many random configurations instead of all
     sample_seed: int = 0  # which ones --num-samples takes
     only_missing: bool = False  # leave out what is finished or running
-    python: str | None = None  # interpreter, such as "nice -n 19 python"; default: python, or with local sweep.py's own
+    python: str | None = None  # interpreter, such as "nice -n 19 python"; by default python, for local that of sweep.py
     output: str | None = None  # save, plot: the file to write; by default {name of the grid}.txt or .png
     reference: str | None = None  # plot: a CSV of published runs to draw as a grey band; see README.md
 
@@ -68,7 +68,7 @@ class Args:
     job_name: str | None = None  # local, slurm: names the folder of the logs; by default the name of the grid
     submit: bool = False  # slurm: call sbatch
     runs_per_task: int = 1  # slurm: commands in one array task
-    side_by_side: int | None = None  # slurm: how many of them run at the same time; by default all
+    side_by_side: int | None = None  # slurm: commands of a task that run at the same time; by default all
     max_parallel: int | None = None  # slurm: array tasks at the same time
     max_restarts: int = 100  # slurm: times that a task is requeued after a signal
     max_array_size: int | None = None  # slurm: MaxArraySize of the cluster; by default scontrol is asked, else 1001
@@ -106,10 +106,9 @@ IN_EVERY_NAME = {
 # The arguments that decide where collect_procgen.py writes.
 DATASET_ARGUMENTS = "env_id ratio ratio_checkpoint_dir ratio_dataset_dir checkpoint dataset_saving_dir".split()
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-# What reading a damaged file can raise.
-DAMAGE = (OSError, ValueError, ArithmeticError, LookupError, TypeError, AttributeError, csv.Error)
 EXIT_STOPPED = 75  # of a script that was stopped by a signal with everything saved
 UNSAFE = "[\0-\x1f\x7f-\x9f\ud800-\udfff]"  # control characters, and halves of surrogate pairs
+PLACEHOLDER = r"{{\s*(\w+)\s*}}"  # in the template
 HERE = Path(__file__).parent
 # Return ranges of Cobbe et al. 2020, appendix C, for the normalised return (R - min) / (max - min).
 RANGES = {
@@ -255,7 +254,7 @@ def read_script(path: Path) -> Script:
     for name, node in nodes.items():
         try:
             defaults[name] = as_annotated(ast.literal_eval(node.value), annotations[name])
-        except (ValueError, TypeError):  # TypeError: there is none
+        except (ValueError, TypeError):  # it is no literal, or there is none
             computed.append(name)
     constants = {"FREE_ARGUMENTS": ("resume",), "EXTRA_MODES": None, "AGENT_OF": None}
     for node in tree.body:
@@ -271,7 +270,7 @@ def read_script(path: Path) -> Script:
 
 
 def as_annotated(value, annotation: str):
-    """A number as the script will see it: a float for a float, and an int for an int that JSON has as 25e6."""
+    """Convert a number to the type of its argument: 1 to 1.0 for a float, JSON's 25e6 to 25000000 for an int."""
     if type(value) in (int, float):
         if annotation.startswith("float"):
             return float(value)
@@ -346,14 +345,15 @@ def check_game(path: Path, script: Script, settings: dict) -> None:
         fail(f"{path}: 'distribution_mode' is {mode!r}; it must be one of {', '.join(modes)} for {env_id}", 2)
 
 
-def argument_words(name: str, value, annotation: str) -> str:
-    """The words of a shell command that give an argument its value; none for None, which means the default."""
+def argument_words(name: str, value, annotation: str) -> list:
+    """The words of a command that give an argument its value; none for None, which means the default."""
     if value is None:
-        return ""
+        return []
     if annotation == "bool":
-        return flag(name) if value else flag(f"no_{name}")
-    separator = "=" if str(value).startswith("-") else " "
-    return f"{flag(name)}{separator}{shlex.quote(str(value))}"
+        return [flag(name) if value else flag(f"no_{name}")]
+    if str(value).startswith("-"):
+        return [f"{flag(name)}={value}"]
+    return [flag(name), str(value)]
 
 
 @functools.cache
@@ -368,9 +368,10 @@ def checkpoint_name(path: str) -> str:
 
 def run_name(script: Script, settings: dict, swept: list) -> str:
     """A run's name without its seed. It depends on the run alone, not on the rest of the grid."""
-    words = [settings["xpid"]]
-    others = swept
-    if settings["xpid"] is None:
+    if settings["xpid"] is not None:
+        words = [settings["xpid"]]
+        others = swept
+    else:
         values = {**settings, "script": script.path.stem.removesuffix("_procgen")}
         words = [f"{short}{values[name]}" for name, short in IN_EVERY_NAME.items() if name in values]
         others = []
@@ -424,26 +425,25 @@ def expand(args: Args, path: Path) -> list:
     seeds = seeds_of(args, path, script, grid)
     swept = [name for name, values in grid.items() if len(values) > 1]
     has_xpid = "xpid" in script.defaults
-    if has_xpid and grid.get("xpid", [None]) == [None]:
-        grid.pop("xpid", None)
-        for name in script.computed:
-            if name not in script.free:
-                why = f"the default of {name} in {script.path} is not a constant, so a run's name is not known here"
-                fail(f'{path}: {why}; write it as one, or give the grid a name, "xpid": ["my_name"]', 2)
+    computed = [name for name in script.computed if name not in script.free]
+    if has_xpid and computed and grid.get("xpid", [None]) == [None]:
+        why = f"the default of {computed[0]} in {script.path} is not a constant, so sweep.py cannot tell a run's name"
+        fail(f'{path}: {why}; write a constant there, or give the grid a name, "xpid": ["my_name"]', 2)
     if "resume" in script.defaults:
         grid.setdefault("resume", [True])  # so that a command can be run again
+    interpreter = [sys.executable if args.action == "local" else "python"]
+    if args.python is not None:
+        interpreter = shlex.split(args.python)
 
-    interpreter = args.python or ("python" if args.action != "local" else shlex.quote(sys.executable))
-    start = [shlex.join(shlex.split(interpreter)), shlex.quote(str(script.path))]
-    runs, folders = [], set()
+    runs = []
     for values in configurations_of(args, path, grid):
         given = dict(zip(grid, values))
         settings = {**script.defaults, **{name: value for name, value in given.items() if value is not None}}
         check_game(path, script, settings)
-        words = list(start)
+        words = [*interpreter, str(script.path)]
         for name, value in given.items():
             if name != "xpid":
-                words.append(argument_words(name, value, script.annotations[name]))
+                words += argument_words(name, value, script.annotations[name])
         labels = {name: f"{name}={settings[name]}" for name in swept}
         configuration = " ".join(labels.values()) or path.stem
         labels.pop("env_id", None)
@@ -451,22 +451,33 @@ def expand(args: Args, path: Path) -> list:
         xpid = run_name(script, settings, swept) if has_xpid else None
         for seed in seeds:
             run_settings = {**settings, "seed": seed}
-            run_words = [*words, argument_words("seed", seed, "int")]
-            name = folder = f"{path.stem}_{len(runs) + 1}"
-            shared = "the same " + ", ".join(DATASET_ARGUMENTS)
+            run_words = words + argument_words("seed", seed, "int")
+            name = f"{path.stem}_{len(runs) + 1}"
             if has_xpid:
-                name = run_settings["xpid"] = f"{xpid}_{seed}"
-                run_words.append(argument_words("xpid", name, "str"))
-                folder = (settings.get("env_id"), name)
-                shared = f"the xpid {name}"
-            elif settings.get("save_dataset"):
-                folder = tuple(settings.get(argument) for argument in DATASET_ARGUMENTS)
-            if folder in folders:
-                fail(f"{path}: two commands would write into one folder, as both have {shared}", 2)
-            folders.add(folder)
-            command = " ".join(word for word in run_words if word)
-            runs.append(Run(command, name, configuration, method, run_settings))
+                name = f"{xpid}_{seed}"
+                run_settings["xpid"] = name
+                run_words += argument_words("xpid", name, "str")
+            runs.append(Run(shlex.join(run_words), name, configuration, method, run_settings))
+    check_folders(path, runs)
     return runs
+
+
+def check_folders(path: Path, runs: list) -> None:
+    """Exit with code 2 if two commands would write into one folder."""
+    folders = set()
+    for run in runs:
+        if "xpid" in run.settings:
+            names = ["env_id", "xpid"]
+            shared = f"the xpid {run.name}"
+        elif run.settings.get("save_dataset"):
+            names = DATASET_ARGUMENTS
+            shared = "the same " + ", ".join(names)
+        else:
+            continue  # it writes nothing, as far as is known here
+        folder = tuple(run.settings.get(name) for name in names)
+        if folder in folders:
+            fail(f"{path}: two commands would write into one folder, as both have {shared}", 2)
+        folders.add(folder)
 
 
 # STATUS
@@ -492,12 +503,12 @@ def state_of(folder: Path, done: bool, started: bool) -> str:
 
 
 def read_curves(table: Path) -> np.ndarray:
-    """A row of steps, training return and test return, nan if unknown, for each whole row of a progress.csv."""
+    """Steps, training returns and test returns of a progress.csv as columns, nan where unknown."""
     try:
         text = table.read_text("utf-8")
     except FileNotFoundError:
         text = ""
-    lines = text[: text.rfind("\n") + 1].splitlines()  # a crash can leave an unfinished one
+    lines = text[: text.rfind("\n") + 1].splitlines()  # without an unfinished one, which a crash can leave
     rows = []
     for row in csv.DictReader(filter(str.strip, lines)):
         rows.append([float(row[name]) for name in ("global_step", "charts/episodic_return", "charts/test_return")])
@@ -544,7 +555,7 @@ def dataset_progress(folder: Path, settings: dict) -> Progress:
 
 
 def collection_progress(settings: dict) -> Progress:
-    """The progress of a command that collects: with a ratio, of the datasets from all runs of its game."""
+    """The progress of a collection. With a ratio it collects from all runs of a game, and this is their mean."""
     if settings.get("ratio") is None:
         return dataset_progress(Path(settings["dataset_saving_dir"]), settings)
     # The script skips the other runs.
@@ -580,7 +591,7 @@ def require_known_paths(settings: dict) -> None:
 
 
 def arguments_of(command: str) -> str:
-    """The arguments that a command gives its script. Another interpreter changes nothing in them."""
+    """What a command has after its script. The interpreter is left out, so that the same run is found with any."""
     match = re.search(r"\.py'? (.*)", command)
     return match[1] if match else ""
 
@@ -603,7 +614,7 @@ def read_progress(run: Run, commands: set = frozenset()) -> Progress:
     try:
         is_training = "xpid" in run.settings
         progress = training_progress(run.settings) if is_training else collection_progress(run.settings)
-    except DAMAGE as error:
+    except Exception as error:  # depends on what is in the files
         return Progress("damaged", reason=f" ({type(error).__name__}: {error})")
     if progress.state in ("stopped", "not started") and arguments_of(run.command) in commands:
         return progress._replace(state="running")
@@ -615,6 +626,10 @@ def progress_of(runs: list) -> list:
     return [read_progress(run, commands) for run in runs]
 
 
+def is_running(run: Run) -> bool:
+    return read_progress(run, commands_here()).state == "running"
+
+
 def nan_mean(values) -> float:
     """The mean of the values that are not nan, or nan if none is left."""
     values = np.asarray(values, dtype=float)
@@ -622,11 +637,20 @@ def nan_mean(values) -> float:
     return float(values.mean()) if len(values) else math.nan
 
 
+def normalised_return(progress: Progress) -> float:
+    """The test return in the range of its game, (R - min) / (max - min), or nan if that is not known."""
+    mode, env_id = progress.game
+    if env_id not in RANGES.get(mode, {}):
+        return math.nan
+    low, high = RANGES[mode][env_id]
+    return (progress.test_return - low) / (high - low)
+
+
 def summarise(runs: list, progress: list) -> tuple:
     """A row per configuration, as a dict, and the normalised returns of finished runs, {method: {game: returns}}."""
     configurations = {}
-    for run, seed in zip(runs, progress):
-        configurations.setdefault((run.method, run.configuration), []).append(seed)
+    for run, run_progress in zip(runs, progress):
+        configurations.setdefault((run.method, run.configuration), []).append(run_progress)
     table, normalised_returns = [], {}
     for (method, configuration), seeds in configurations.items():
         row = {"configuration": configuration}
@@ -639,13 +663,11 @@ def summarise(runs: list, progress: list) -> tuple:
             row[name] = nan_mean([getattr(seed, name) for seed in seeds])
             row[f"final_{name}"] = nan_mean(final)
             row[f"final_{name}_deviation"] = float(np.std(final, ddof=1)) if len(final) > 1 else math.nan
-        mode, env_id = game = done[0].game if done else (None, None)
-        low, high = RANGES.get(mode, {}).get(env_id, (0, math.nan))
-        normalised = [(seed.test_return - low) / (high - low) for seed in done]
-        row["normalised"] = nan_mean(normalised)
-        if not math.isnan(row["normalised"]):
-            returns = normalised_returns.setdefault(method, {}).setdefault(game, [])
-            returns += [value for value in normalised if not math.isnan(value)]
+        row["normalised"] = nan_mean([normalised_return(seed) for seed in done])
+        for seed in done:
+            value = normalised_return(seed)
+            if not math.isnan(value):
+                normalised_returns.setdefault(method, {}).setdefault(seed.game, []).append(value)
         table.append(row)
     return table, normalised_returns
 
@@ -657,12 +679,13 @@ def interquartile_mean(games: dict) -> str:
         cut = returns.shape[-1] // 4
         return np.sort(returns)[..., cut : returns.shape[-1] - cut].mean(-1)
 
-    generator = np.random.default_rng(0)  # a percentile bootstrap that draws the seeds of each game anew
-    resampled = [generator.choice(returns, (10_000, len(returns))) for returns in games.values()]
-    low, high = np.percentile(iqm(np.concatenate(resampled, axis=1)), [2.5, 97.5])
-    interval = f"95 % interval {low:.2f} to {high:.2f}"
     if any(len(returns) == 1 for returns in games.values()):
         interval = "one seed: no interval"
+    else:
+        generator = np.random.default_rng(0)  # a percentile bootstrap that draws the seeds of each game anew
+        resampled = [generator.choice(returns, (10_000, len(returns))) for returns in games.values()]
+        low, high = np.percentile(iqm(np.concatenate(resampled, axis=1)), [2.5, 97.5])
+        interval = f"95 % interval {low:.2f} to {high:.2f}"
     everything = np.concatenate(list(games.values()))
     plural = "s" if len(games) > 1 else ""
     return f"{iqm(everything):.2f} ({interval}; {len(games)} game{plural}, {len(everything)} runs)"
@@ -695,11 +718,11 @@ def newest_logs() -> dict:
 def print_unfinished(runs: list, progress: list) -> None:
     """For each unfinished run its state, its last Slurm task, its newest log and the last line of that."""
     logs, tasks = newest_logs(), newest_tasks()
-    for run, (state, *_, reason) in zip(runs, progress):
-        if state == "done":
+    for run, run_progress in zip(runs, progress):
+        if run_progress.state == "done":
             continue
         arguments = arguments_of(run.command)
-        words = [f"{run.name}: {state}{reason}"]
+        words = [f"{run.name}: {run_progress.state}{run_progress.reason}"]
         if arguments in tasks:
             words.append(f"Slurm task {tasks[arguments]}")
         words.append(last_log_line(logs[arguments]) if arguments in logs else "no log")
@@ -756,24 +779,41 @@ def align(curves: list) -> tuple:
     return steps / 1e6, returns
 
 
-def draw(axes, steps: np.ndarray, returns: np.ndarray, linewidth: float, **style) -> None:
+def draw_returns(axes, steps: np.ndarray, returns: np.ndarray, style: dict) -> None:
     """Draw returns (seed, step): mean and deviation while all seeds have values, and then a thin line per seed."""
     returns = returns[~np.isnan(returns).all(axis=1)]
     if len(returns) == 0:
         return
-    shared = ~np.isnan(returns).any(axis=0)
-    mean = returns[:, shared].mean(axis=0)
-    axes.plot(steps[shared], mean, linewidth=linewidth, **style)
+    has_all_seeds = ~np.isnan(returns).any(axis=0)
+    mean = returns[:, has_all_seeds].mean(axis=0)
+    axes.plot(steps[has_all_seeds], mean, **style)
     if len(returns) > 1:
-        deviation = returns[:, shared].std(axis=0, ddof=1)
-        color = style["color"]
-        axes.fill_between(steps[shared], mean - deviation, mean + deviation, color=color, alpha=0.15, linewidth=0)
-    last_shared = np.flatnonzero(shared).max(initial=0)
-    for seed in returns:
-        rest = ~np.isnan(seed)
-        rest[:last_shared] = False
+        deviation = returns[:, has_all_seeds].std(axis=0, ddof=1)
+        band = {"color": style["color"], "alpha": 0.15, "linewidth": 0}
+        axes.fill_between(steps[has_all_seeds], mean - deviation, mean + deviation, **band)
+    last = np.flatnonzero(has_all_seeds).max(initial=0)
+    for seed_returns in returns:
+        rest = ~np.isnan(seed_returns)
+        rest[:last] = False
         if rest.sum() > 1:
-            axes.plot(steps[rest], seed[rest], linewidth=0.5, alpha=0.7, **style)
+            axes.plot(steps[rest], seed_returns[rest], **{**style, "linewidth": 0.5, "alpha": 0.7})
+
+
+def draw_panel(axes, env_id: str, total_steps: int, curves: dict, styles: dict, reference: dict) -> None:
+    """Draw a game: of each method a solid line for training levels and a dashed one for test levels."""
+    for method, style in styles.items():
+        if (env_id, method) in curves:
+            steps, returns = align(curves[env_id, method])
+            draw_returns(axes, steps, returns[:, :, 0], {**style, "linestyle": "-"})
+            draw_returns(axes, steps, returns[:, :, 1], {**style, "linestyle": "--"})
+    for levels, opacity in (("train", 0.4), ("test", 0.2)):
+        rows = [row for row in reference.get(levels, {}).get(env_id, []) if row[0] <= total_steps]
+        if rows:
+            steps, lowest, highest = np.transpose(rows)
+            axes.fill_between(steps / 1e6, lowest, highest, color="gray", alpha=opacity, linewidth=0)
+    axes.set(title=env_id, xlim=(0, total_steps / 1e6))
+    axes.locator_params(axis="x", nbins=4)
+    axes.grid(alpha=0.3)
 
 
 def read_reference(path: Path) -> dict:
@@ -785,7 +825,7 @@ def read_reference(path: Path) -> dict:
                 returns = [float(value) for name, value in row.items() if name.startswith("run")]
                 band = bands[row["levels"]].setdefault(row["game"], [])
                 band.append((float(row["steps"]), min(returns), max(returns)))
-    except DAMAGE as error:
+    except Exception as error:  # depends on what is in the file
         wanted = "a CSV file with the columns game, levels (train or test), steps, run0, run1 and so on"
         fail(f"--reference {path} must be {wanted} ({type(error).__name__}: {error})", 2)
     return bands
@@ -798,7 +838,7 @@ def read_all_curves(runs: list) -> dict:
         table = run_folder(run.settings) / "progress.csv"
         try:
             curves = read_curves(table)
-        except DAMAGE as error:
+        except Exception as error:  # depends on what is in it
             print(f"{table} is left out, as it is damaged ({error})")
             continue
         if len(curves):
@@ -806,8 +846,8 @@ def read_all_curves(runs: list) -> dict:
     return everything
 
 
-def add_legend(figure, colors: dict, has_seeds: bool, has_reference: bool) -> None:
-    """Explain the lines below the panels, in as many columns as fit. colors: {method: color}."""
+def add_legend(figure, styles: dict, has_seeds: bool, has_reference: bool) -> None:
+    """Explain the lines below the panels, in as many columns as fit."""
     from matplotlib.lines import Line2D  # in these functions, as it is slow and only they need it
     from matplotlib.patches import Patch
 
@@ -815,18 +855,18 @@ def add_legend(figure, colors: dict, has_seeds: bool, has_reference: bool) -> No
     handles.append(Line2D([], [], color="gray", linestyle="--", label="test levels"))
     if has_reference:
         handles.append(Patch(color="gray", alpha=0.4, linewidth=0, label="reference, lowest to highest run"))
-    for method, color in colors.items():
+    for method, style in styles.items():
         if method:
             label = textwrap.fill(method, 100).replace("$", r"\$")
-            handles.append(Line2D([], [], color=color, linewidth=3, label=label))
+            handles.append(Line2D([], [], color=style["color"], linewidth=3, label=label))
     titles = []
-    if len(colors) > 1:
-        titles.append(f"{len(colors)} configurations")
+    if len(styles) > 1:
+        titles.append(f"{len(styles)} configurations")
     if has_seeds:
         titles.append("thick line: mean of the seeds, band: their standard deviation")
         titles.append("thin line: one seed, beyond the last step that all seeds have reached")
-    columns = int(14 * figure.get_figwidth()) // max(len(handle.get_label()) for handle in handles)
-    columns = min(max(columns, 1), len(handles))
+    longest = max(len(handle.get_label()) for handle in handles)
+    columns = max(1, int(14 * figure.get_figwidth()) // longest)  # 14 characters take about an inch
     place = {"loc": "upper center", "bbox_to_anchor": (0.5, 0), "frameon": False}
     figure.legend(handles=handles, title="\n".join(titles), ncols=columns, **place)
 
@@ -838,15 +878,19 @@ def plot(runs: list, output: Path, reference: dict) -> None:
 
     if "xpid" not in runs[0].settings:
         fail("--action plot draws the curves of trainings, and the grid's script has no argument xpid", 2)
-    everything = read_all_curves(runs)
-    if not everything:
+    curves = read_all_curves(runs)
+    if not curves:
         fail("there is nothing to draw: none of these runs has got as far as a row in its progress.csv")
     methods = list(dict.fromkeys(run.method for run in runs))
-    palette = matplotlib.colormaps["tab10" if len(methods) <= 10 else "turbo"].resampled(max(10, len(methods)))
-    colors = {method: palette(i) for i, method in enumerate(methods)}
+    palette = matplotlib.colormaps["tab10"]
+    if len(methods) > 10:
+        palette = matplotlib.colormaps["turbo"].resampled(len(methods))
     # Later lines are thinner, so that an earlier line of the same values can be seen behind them.
     widest = 2.6 if 1 < len(methods) <= 6 else 1.3
-    widths = dict(zip(methods, np.linspace(widest, widest / 2, len(methods))))
+    widths = np.linspace(widest, widest / 2, len(methods))
+    styles = {}
+    for i, method in enumerate(methods):
+        styles[method] = {"color": palette(i), "linewidth": widths[i]}
 
     games = list(dict.fromkeys(run.settings["env_id"] for run in runs))
     columns = len(games) if len(games) <= 3 else math.ceil(math.sqrt(len(games)))
@@ -855,27 +899,14 @@ def plot(runs: list, output: Path, reference: dict) -> None:
     figure = Figure((6, 3.4) if len(games) == 1 else (2.6 * columns, 2.1 * rows), layout="constrained")
     for i, env_id in enumerate(games):
         axes = figure.add_subplot(rows, columns, i + 1)
-        for method in methods:
-            if (env_id, method) in everything:
-                steps, returns = align(everything[env_id, method])
-                style = {"color": colors[method], "linewidth": widths[method]}
-                draw(axes, steps, returns[:, :, 0], linestyle="-", **style)
-                draw(axes, steps, returns[:, :, 1], linestyle="--", **style)
         total_steps = max(run.settings["total_timesteps"] for run in runs if run.settings["env_id"] == env_id)
-        for levels, opacity in (("train", 0.4), ("test", 0.2)):
-            band = reference.get(levels, {}).get(env_id, [])
-            band = np.array([row for row in band if row[0] <= total_steps]).reshape(-1, 3)
-            if len(band):
-                axes.fill_between(band[:, 0] / 1e6, band[:, 1], band[:, 2], color="gray", alpha=opacity, linewidth=0)
-        axes.set(title=env_id, xlim=(0, total_steps / 1e6))
+        draw_panel(axes, env_id, total_steps, curves, styles, reference)
         if i % columns == 0:
             axes.set_ylabel("episode return")
         if i + columns >= len(games):
             axes.set_xlabel("environment steps (millions)")
-        axes.locator_params(axis="x", nbins=4)
-        axes.grid(alpha=0.3)
-    has_seeds = any(len(seeds) > 1 for seeds in everything.values())
-    add_legend(figure, colors, has_seeds, has_reference=bool(reference))
+    has_seeds = any(len(seeds) > 1 for seeds in curves.values())
+    add_legend(figure, styles, has_seeds, has_reference=bool(reference))
     output.parent.mkdir(parents=True, exist_ok=True)
     try:
         figure.savefig(output, dpi=200, bbox_inches="tight")  # "tight" makes room for the legend
@@ -928,7 +959,24 @@ def outcome_of(run: Run, code: int, stopping: bool) -> str:
         return "done"
     if code == EXIT_STOPPED or (stopping and code in (-signal.SIGTERM, 128 + signal.SIGTERM)):
         return "stopped"
-    return "in use" if progress_of([run])[0].state == "running" else "failed"
+    return "in use" if is_running(run) else "failed"
+
+
+def catch_stop_signals() -> list:
+    """From now on a signal to stop does not end this process: it is appended to the list that is returned."""
+    caught = []
+    for signum in STOP_SIGNALS:
+        if signal.getsignal(signum) != signal.SIG_IGN:  # nohup ignores SIGHUP
+            signal.signal(signum, lambda signum, frame: caught.append(signum))
+    signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # say() deals with a closed pipe
+    return caught
+
+
+def describe_failure(run: Run, code: int, log: Path) -> str:
+    hint = ""
+    if code in (-signal.SIGKILL, 128 + signal.SIGKILL):
+        hint = " (killed, usually because memory ran out: use fewer --workers)"
+    return f"{run.name} failed with exit code {code}{hint}: {last_log_line(log)}"
 
 
 def run_local(args: Args, runs: list) -> int:
@@ -938,39 +986,26 @@ def run_local(args: Args, runs: list) -> int:
     threads = max(1, len(os.sched_getaffinity(0)) // args.workers)
     environment = {"OMP_NUM_THREADS": str(threads), **os.environ}
     gpus = gpus_here(args)
-    stop_signals = []
-    for signum in STOP_SIGNALS:
-        if signal.getsignal(signum) != signal.SIG_IGN:  # nohup ignores SIGHUP
-            signal.signal(signum, lambda signum, frame: stop_signals.append(signum))
-    signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # say() deals with a closed pipe
-
-    waiting, active, stopped = runs[::-1], {}, []  # active: {worker: (run, process)}
-    counts, has_passed_on = Counter(), False
-
-    def completed():  # as a number of runs
-        unfinished = [*stopped, *(run for run, _ in active.values())]
-        return counts["done"] + sum(read_progress(run).fraction for run in unfinished)
-
+    stop_signals = catch_stop_signals()
+    waiting = list(runs)
+    active = {}  # {worker: (run, process)}
+    stopped = []
+    counts = Counter()  # of OUTCOMES
     form = "{percentage:.1f} %|{bar}| {n:.2f} of {total} runs [{elapsed}<{remaining}]{postfix}"
     bar = tqdm(total=len(runs), bar_format=form, disable=None)
     say(f"{len(runs)} runs, {min(args.workers, len(runs))} at a time; logs in {folder}/")
-    while active or (waiting and not stop_signals):
-        for worker in range(args.workers):
-            if worker in active or not waiting or stop_signals:
-                continue
-            run = waiting.pop()
-            if progress_of([run])[0].state == "running":
-                counts["in use"] += 1
-                say(f"{run.name} is in use by another process, so it is not started")
-                continue
-            if gpus:
-                environment["CUDA_VISIBLE_DEVICES"] = gpus[worker % len(gpus)]
-            active[worker] = run, start_command(run, folder / f"{run.name}.log", environment)
-        time.sleep(0.1)
-        if stop_signals and not has_passed_on:
-            has_passed_on = True
-            for _, process in active.values():
-                process.terminate()
+
+    def start_next(worker):
+        run = waiting.pop(0)
+        if is_running(run):
+            counts["in use"] += 1
+            say(f"{run.name} is in use by another process, so it is not started")
+            return
+        if gpus:
+            environment["CUDA_VISIBLE_DEVICES"] = gpus[worker % len(gpus)]
+        active[worker] = run, start_command(run, folder / f"{run.name}.log", environment)
+
+    def collect_ended():
         for worker, (run, process) in list(active.items()):
             code = process.poll()
             if code is None:
@@ -981,15 +1016,30 @@ def run_local(args: Args, runs: list) -> int:
             if outcome == "stopped":
                 stopped.append(run)
             if outcome == "failed":
-                is_killed = code in (-signal.SIGKILL, 128 + signal.SIGKILL)
-                hint = " (killed, usually because memory ran out: use fewer --workers)" if is_killed else ""
-                say(f"{run.name} failed with exit code {code}{hint}: {last_log_line(folder / f'{run.name}.log')}")
+                say(describe_failure(run, code, folder / f"{run.name}.log"))
             elif bar.disable:
                 say(f"{run.name} is {outcome}, {counts.total()} of {len(runs)}")
         if not bar.disable:
             bar.n = completed()
             bar.set_postfix({**counts, "running": len(active)})
+
+    def completed():  # as a number of runs
+        unfinished = [*stopped, *(run for run, _ in active.values())]
+        return counts["done"] + sum(read_progress(run).fraction for run in unfinished)
+
+    while (active or waiting) and not stop_signals:
+        for worker in range(args.workers):
+            if worker not in active and waiting and not stop_signals:
+                start_next(worker)
+        time.sleep(0.1)
+        collect_ended()
+    for _, process in active.values():  # after a signal
+        process.terminate()
+    while active:
+        time.sleep(0.1)
+        collect_ended()
     bar.close()
+
     counts["not started"] = len(waiting)
     shown = [f"{counts[name]} {name}" for name in OUTCOMES if counts[name] or name != "in use"]
     summary = f"{len(runs)} runs: {', '.join(shown)}"
@@ -1015,7 +1065,10 @@ def ask_max_array_size() -> int:
 
 
 def split_tasks(num_tasks: int, max_array_size: int, max_parallel: int | None) -> list:
-    """(tasks before it, tasks, tasks at a time) of each array. Indices count from 1, and are below max_array_size."""
+    """For each array (its offset, its number of tasks, how many run at the same time).
+
+    Indices count from 1, and are below max_array_size.
+    """
     size = max_array_size - 1
     offsets = range(0, num_tasks, size)
     arrays = []
@@ -1023,6 +1076,19 @@ def split_tasks(num_tasks: int, max_array_size: int, max_parallel: int | None) -
         at_a_time = None if max_parallel is None else (max_parallel + i) // len(offsets)
         arrays.append((offset, min(size, num_tasks - offset), at_a_time))
     return arrays
+
+
+def sbatch_options(args: Args) -> list:
+    """The options for sbatch, such as --time="12:00:00"."""
+    given = [f"{flag(name)}={getattr(args, name)}" for name in SBATCH_OPTIONS if getattr(args, name) is not None]
+    options = []
+    for option in filter(None, [*given, *args.sbatch_arg]):
+        if re.search(f'"|{UNSAFE}', option):
+            fail(f'{option!r} cannot be an option of sbatch: it has a " or a line end', 2)
+        name, equals, value = option.partition("=")
+        name = name if name.startswith("-") else f"--{name}"
+        options.append(f'{name}="{value}"' if equals else name)
+    return options
 
 
 def write_sbatch(args: Args, runs: list) -> list:
@@ -1039,23 +1105,16 @@ def write_sbatch(args: Args, runs: list) -> list:
     if args.max_parallel is not None and args.max_parallel < len(arrays):
         fail(f"--max-parallel is {args.max_parallel}; it must be at least {len(arrays)}, one for each array file", 2)
     template = read_file(resolve_path(args.template), "--template")
-    given = [f"{flag(name)}={getattr(args, name)}" for name in SBATCH_OPTIONS if getattr(args, name) is not None]
-    options = []
-    for option in filter(None, [*given, *args.sbatch_arg]):
-        if re.search(f'"|{UNSAFE}', option):
-            fail(f'{option!r} cannot be an option of sbatch: it has a " or a line end', 2)
-        name, equals, value = option.partition("=")
-        name = name if name.startswith("-") else f"--{name}"
-        options.append(f'{name}="{value}"' if equals else name)
-    values = {**vars(args), "folder": folder, "working_dir": os.getcwd(), "array": None, "offset": None, "file": None}
-    values["options"] = "\n".join(f"#SBATCH {option}" for option in options)
+    values = {**vars(args), "folder": folder, "working_dir": os.getcwd()}
+    values["options"] = "\n".join(f"#SBATCH {option}" for option in sbatch_options(args))
     values["setup"] = "\n".join(args.setup)
     values["side_by_side"] = min(args.side_by_side or args.runs_per_task, args.runs_per_task)
-    placeholders = set(re.findall(r"{{\s*(\w+)\s*}}", template))
-    unknown = placeholders - values.keys() or {"array"} - placeholders
+    placeholders = set(re.findall(PLACEHOLDER, template))
+    unknown = placeholders - values.keys() - {"array", "offset", "file"} or {"array"} - placeholders
     if unknown:
+        name = "{{" + unknown.pop() + "}}"
         wanted = "it must have {{array}}, and only names of slurm/array.sbatch.template"
-        fail(f"--template {args.template}: {{{{{unknown.pop()}}}}} is missing or unknown; {wanted}", 2)
+        fail(f"--template {args.template}: {name} is missing or unknown; {wanted}", 2)
 
     write_file(folder / "commands.txt", commands)
     write_file(folder / "logs" / ".keep", "")  # sbatch does not make the folder
@@ -1066,7 +1125,7 @@ def write_sbatch(args: Args, runs: list) -> list:
         values["array"] = f"1-{size}" if at_a_time is None else f"1-{size}%{at_a_time}"
         values["offset"] = offset
         values["file"] = path
-        write_file(path, re.sub(r"{{\s*(\w+)\s*}}", lambda match: str(values[match[1]]), template))
+        write_file(path, re.sub(PLACEHOLDER, lambda match: str(values[match[1]]), template))
         submit_all += f"sbatch {shlex.quote(str(path.absolute()))}\n"
         paths.append(path)
     write_file(folder / "submit_all.sh", submit_all)
@@ -1091,22 +1150,25 @@ def newest_tasks() -> dict:
     os.environ["SLURM_BITSTR_LEN"] = "0"  # do not shorten lists of tasks
     listed = output_of(
         "sacct", "--allocations", "--noheader", "--parsable2", "--starttime=now-30days", "--endtime=now",
-        "--state=BF,CA,CD,DL,F,NF,OOM,PR,RV,TO",  # with these it also lists tasks that were cancelled in the queue
+        "--state=BF,CA,CD,DL,F,NF,OOM,PR,RV,TO",  # or it leaves out tasks that were cancelled before they started
         "--format=JobID,State,WorkDir,JobName,SubmitLine",
     )  # fmt: skip
     listed += output_of("squeue", "--me", "--noheader", "--format=%F_%K|%T (%r)|%Z|%j|%o")
     newest = {}
     for line in listed.splitlines():
-        # Such as 7_1|TIMEOUT|{folder}|ppo|sbatch slurm/generated/ppo/array.sbatch; of tasks in the queue 7_[2-4,6%2]
-        match = re.fullmatch(r"(\d+)_\[?([\d,-]+).*?\|(.*?)\|(.*)\|(.*)\|(?:.*[/ ])?(array(?:_\d+)?\.sbatch).*", line)
-        if match is None or match[4] != os.getcwd():
+        columns = line.split("|", 4)
+        if len(columns) < 5 or columns[2] != os.getcwd():
+            continue  # of another project, or the rest of a job's command that has several lines
+        tasks, state, _, job_name, command = columns
+        file = re.search(r"\barray(_\d+)?\.sbatch", command)
+        if file is None:
             continue
-        path = Path("slurm", "generated", match[5], match[6])
-        for indices in match[2].split(","):
-            first, _, last = indices.partition("-")
+        path = Path("slurm", "generated", job_name, file[0])
+        job, _, indices = tasks.partition("_")  # such as 7_1, or for tasks in the queue 7_[2-4,6%2]
+        for first, last in re.findall(r"(\d+)-?(\d*)", indices.partition("%")[0]):
             for index in range(int(first), int(last or first) + 1):
                 for arguments in task_commands(path, index):
-                    newest[arguments] = f"{match[1]}_{index} {match[3].removesuffix(' (None)')}"
+                    newest[arguments] = f"{job}_{index} {state.removesuffix(' (None)')}"
     return newest
 
 
