@@ -219,15 +219,18 @@ def make_envs(num_envs: int, env_id: str, distribution_mode: str, start_level: i
 
 
 class Policy:
-    """Plays a checkpoint's network. To play another kind of policy, change this class.
+    """Plays a checkpoint's network. To play another kind of policy, change this class and give --agent-from.
 
-    A recurrent policy keeps its memory here, a row for each environment, and clears the rows where an episode begins.
-    PyTorch is seeded before every step, so that sampling depends on the step alone.
+    PyTorch is seeded before every step, so that what is sampled depends on the step alone. A recurrent policy keeps its
+    memory here, a row for each environment. act empties the rows where an episode begins and updates those of envs;
+    explore asks the network a second time and must not update them. With has_memory = True, before a collection
+    continues, act is shown the recorded steps of one time limit with their actions, which restores the memory.
     """
 
-    has_memory = False  # True: before a collection continues, act() sees the last recorded steps, one time limit, again
+    has_memory = False
 
     def __init__(self, agent, args, num_envs, device):
+        """args are the arguments of the collection, not those of the training."""
         self.agent = agent
         self.epsilon = args.epsilon
         self.device = device
@@ -308,6 +311,7 @@ def play(levels, segment, recording=(), policy=None, witness=None, witness_from=
         playing = np.flatnonzero((length > 0) | may_start)
         begins = length[playing] == 0
         recorded = next(recording, None)
+        seed_torch(segment["seed"], number)
         if recorded is not None:
             was_playing = np.flatnonzero(recorded["actions"] != IDLE)
             if len(playing) == 0 or not np.array_equal(was_playing, playing):
@@ -315,7 +319,6 @@ def play(levels, segment, recording=(), policy=None, witness=None, witness_from=
             actions = recorded["actions"][playing]
             log_probs = recorded["log_probs"][playing]
         elif policy is not None and len(playing):
-            seed_torch(segment["seed"], number)
             actions, log_probs = policy.act(frames[playing], playing, begins)
         else:
             break
@@ -1517,8 +1520,8 @@ from {metadata["return_min"]:.2f} to {metadata["return_max"]:.2f} |
 episodes with their frames, if they are here, lie in `{metadata["env_id"]}/`, for `numpy.load` and gen_dgrl's loaders.
 metadata.json has all that is known, also what the 15 actions are.
 
-    python collect_procgen.py --render FOLDER    # draws the episodes that are not here
-    python collect_procgen.py --verify FOLDER    # plays everything again and compares
+    python {SCRIPT} --render FOLDER    # draws the episodes that are not here
+    python {SCRIPT} --verify FOLDER    # plays everything again and compares
 
 The script's README shows how to load them. Its code and Procgen are under the MIT licence; the data are yours.
 """

@@ -379,6 +379,7 @@ class Recurrent(collect_procgen.Policy):
         self.memory[envs] = (
             0.999 * self.memory[envs] + torch.from_numpy(frames[:, ::8, ::8].mean(axis=(1, 2, 3))).float()
         )
+        self.memory[envs] += torch.randn(len(envs))  # what is sampled for the memory is the same again, too
         logits = torch.cos(self.memory[envs][:, None] * torch.arange(1, 16))
         policy = torch.distributions.Categorical(logits=logits)
         action = policy.sample() if actions is None else torch.from_numpy(actions).long()
