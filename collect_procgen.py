@@ -20,7 +20,6 @@ import os
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # read when PyTorch is loaded
 
 import ast
-import contextlib
 import errno
 import hashlib
 import importlib.metadata
@@ -38,7 +37,7 @@ import time
 import zipfile
 import zlib
 from collections import deque
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -64,7 +63,7 @@ from procgen.env import ENV_NAMES
 class Args:
     # WHAT TO DO: one of these; --verify also together with --checkpoint
     checkpoint: str | None = None  # play this checkpoint
-    ratio: float | None = None  # of each run, play the checkpoint with a test return closest to this part of its last
+    ratio: float | None = None  # in each run, play the checkpoint whose return is closest to this part of the final one
     random: bool = False  # play uniformly random actions in the game --env-id
     render: str | None = None  # write the missing episode files of this recording (or of a training's rollouts/)
     verify: str | None = None  # play this dataset or recording again and compare; with --checkpoint its log_probs, too
@@ -92,7 +91,7 @@ class Args:
     save_interval: float = 30.0  # seconds between saves, 60 at most
     ratio_checkpoint_dir: str = "models"  # with --ratio: the runs are {ratio_checkpoint_dir}/{env_id}/*
     ratio_dataset_dir: str = "test_dataset"  # with --ratio: datasets go to {run}/{ratio_dataset_dir}/{ratio}
-    iterations: tuple[int, int] | None = None  # with --render: draw only episodes that end in these, the last included
+    iterations: tuple[int, int] | None = None  # with --render: the first and last iteration of which to draw episodes
 
     # VIDEO
     video: int = 0  # show the first episode of each of this many environments, side by side
@@ -222,9 +221,10 @@ class Policy:
     """Plays a checkpoint's network. To play another kind of policy, change this class and give --agent-from.
 
     PyTorch is seeded before every step, so that what is sampled depends on the step alone. A recurrent policy keeps its
-    memory here, a row for each environment. act empties the rows where an episode begins and updates those of envs;
-    explore asks the network a second time and must not update them. With has_memory = True, before a collection
-    continues, act is shown the recorded steps of one time limit with their actions, which restores the memory.
+    memory here, a row for each environment. act empties the rows where an episode begins and updates those of envs,
+    before it samples an action; explore asks the network a second time and must not update them. With has_memory =
+    True, before a collection continues, act is shown the recorded steps of one time limit with their actions, which
+    restores the memory.
     """
 
     has_memory = False
@@ -372,11 +372,9 @@ def collect(args: Args, path: Path | None, state: dict, folder: Path, note: dict
         for number, segment in dataset.segments():
             recording = dataset.read_rows(number)
             policy = make_policy(args, agent, segment["num_envs"], device)
-            witness = None
-            witness_from = 0
-            if policy.has_memory:  # no episode that continues is longer than the time limit
-                witness = policy
-                witness_from = dataset.lengths[number] - time_limit(args.env_id, args.distribution_mode)
+            witness = policy if policy.has_memory else None
+            # No episode that continues is longer than the time limit.
+            witness_from = dataset.lengths[number] - time_limit(args.env_id, args.distribution_mode)
             for row, recorded, episodes in play(
                 dataset.levels, segment, recording, policy, witness, witness_from, keep_frames=dataset.draws
             ):
@@ -514,18 +512,25 @@ def seed_torch(segment_seed: int, step: int) -> None:
 # SIGNALS
 
 
-def on_signal(handler) -> None:
-    """Set what the process does when it is told to stop."""
+class Stopped(Exception):
+    """One of STOP_SIGNALS was received."""
+
+
+signals_received = []
+
+
+def handle_signals() -> None:
+    """From now on a signal ends the process where everything can be saved."""
     for stop_signal in STOP_SIGNALS:
         if stop_signal == signal.SIGHUP and signal.getsignal(stop_signal) == signal.SIG_IGN:
             continue  # nohup
-        signal.signal(stop_signal, handler)
+        signal.signal(stop_signal, lambda signum, _: signals_received.append(signum))
 
 
-def exit_at_once(signum, _) -> None:
-    with contextlib.suppress(OSError):  # nobody may be reading any more
-        os.write(1, f"stopped by {signal.Signals(signum).name}; there was nothing to save\n".encode())
-    os._exit(EXIT_STOPPED)
+def stop_if_asked() -> None:
+    """Raise Stopped after a signal. Called after every step."""
+    if signals_received:
+        raise Stopped(signal.Signals(signals_received[0]).name)
 
 
 # ARGUMENTS
@@ -676,13 +681,14 @@ def describe(args: Args, path: Path | None, state: dict, device: torch.device, n
 
 def load_checkpoint(path: Path) -> dict:
     """Read a checkpoint without running any code in it. Raises Unfit if it is missing, damaged or foreign."""
-    if path.is_dir():
+    if os.path.isdir(path):
         reason = f"--checkpoint {path} is a folder; a checkpoint is a file such as final/model_*.pt in it"
         raise Unfit(reason, 2)
-    if not path.exists():
-        raise Unfit(f"checkpoint {path} does not exist")
     try:
         content = path.read_bytes()
+    except OSError as error:
+        raise Unfit(f"checkpoint {path} cannot be read: {error.strerror}") from None
+    try:
         with zipfile.ZipFile(io.BytesIO(content)) as file:
             damaged = file.testzip()  # torch.load does not look at the checksums
         if damaged is not None:
@@ -1116,10 +1122,9 @@ class Recording:
 
     def find_episodes(self) -> None:
         self.drawn = {}
-        self.misplaced = []
         own = self.folder / self.metadata["env_id"]
         elsewhere = [path for path in self.folder.glob("*/*.npz") if path.parent != own]
-        self.misplaced += [f"{path} is an episode outside {own.name}/" for path in sorted(elsewhere)]
+        self.misplaced = [f"{path} is an episode outside {own.name}/" for path in sorted(elsewhere)]
         for path in sorted(own.glob("*")):
             match = EPISODE_NAME.fullmatch(path.name)
             index = int(match[1]) if match else 0
@@ -1189,7 +1194,6 @@ class Dataset(Recording):
         self.packing = []  # futures of the episodes that are not on disk yet
         self.unwritten_steps = 0
         self.lock = None
-        self.signals = []
 
     def __enter__(self):
         if self.folder is None:
@@ -1199,9 +1203,11 @@ class Dataset(Recording):
             return self
         self.lock = lock_folder(self.folder)
         self.read()  # again: another process may have written until now
-        if self.metadata["segments"]:  # so they are of this script
+        if self.metadata["segments"]:  # a dataset
             for leftover in self.folder.glob(".*.tmp"):  # from a write that was killed
-                leftover.unlink()
+                # The recording of a training may be written just now.
+                if self.collects or EPISODE_NAME.fullmatch(leftover.name[1:-4]):
+                    leftover.unlink(missing_ok=True)
         if self.draws:
             (self.folder / self.metadata["env_id"]).mkdir(exist_ok=True)
         return self
@@ -1266,11 +1272,10 @@ class Dataset(Recording):
                 self.metadata["segments"][self.number]["rows"] = self.rows
             self.number += 1
         self.finish()
-        if self.signals:
-            self.stop()
+        stop_if_asked()
 
     def begin(self) -> None:
-        """Say what comes; from now on a signal waits until everything is saved."""
+        """Say what comes. From now on a signal waits until everything is saved."""
         if self.changes and not self.metadata["complete"]:
             changes = ", ".join(self.changes)
             print(f"note: the last digits of log_probs, and so actions, may differ from here on: {changes}")
@@ -1278,7 +1283,7 @@ class Dataset(Recording):
             print(f"{self.folder}: playing {self.recorded['steps']:,} recorded steps again", flush=True)
         self.show_progress(max(self.wanted, self.recorded[self.unit]))
         self.next_save = time.monotonic() + self.args.save_interval
-        on_signal(lambda signum, _: self.signals.append(signum))
+        handle_signals()
 
     def extend(self) -> bool:
         """Begin a segment if more is wanted. It has a seed of its own, so that no episode is collected twice."""
@@ -1313,10 +1318,9 @@ class Dataset(Recording):
                     raise Unfit(f"{path} is not episode {index} of the recording; move it away, and it is drawn again")
             elif self.draws and self.rows > self.first_row:
                 self.pack(index, episode)
-        if self.signals or time.monotonic() > self.next_save or self.unwritten_steps > MAX_UNWRITTEN:
+        if signals_received or time.monotonic() > self.next_save or self.unwritten_steps > MAX_UNWRITTEN:
             self.save()
-        if self.signals:
-            self.stop()
+        stop_if_asked()
 
     def pack(self, index: int, episode: Episode) -> None:
         """Compress an episode in the background. Wait here if many are queued, as their frames take memory."""
@@ -1338,7 +1342,10 @@ class Dataset(Recording):
                 self.unsaved = []
                 self.write_metadata()
             packed = [job.result() for job in self.packing]
-            list(POOL.map(self.write_episode, packed))  # list() waits, and raises what went wrong
+            writing = [POOL.submit(self.write_episode, episode) for episode in packed]
+            wait(writing)  # for all, as after an error none may write on while the folder is unlocked
+            for job in writing:
+                job.result()  # raises what went wrong
             self.packing = []
             self.unwritten_steps = 0
         self.next_save = time.monotonic() + self.args.save_interval
@@ -1355,13 +1362,6 @@ class Dataset(Recording):
         if self.folder is not None:
             self.metadata.update(counts(self.summary))
             write_file(self.folder / "metadata.json", json.dumps(self.metadata, indent=2).encode())
-
-    def stop(self) -> NoReturn:
-        way_out = "" if self.folder is None else "; the same command continues"
-        name = signal.Signals(self.signals[0]).name
-        print(f"stopped by {name} after {len(self.summary)} episodes{way_out}", flush=True)
-        on_signal(signal.SIG_IGN)  # a signal during Python's shutdown would change the exit code
-        sys.exit(EXIT_STOPPED)
 
     def finish(self) -> None:
         """Write what a complete dataset has, and print the summary."""
@@ -1385,7 +1385,11 @@ class Dataset(Recording):
     def __exit__(self, kind, error, traceback):
         if self.lock is not None:
             self.lock.release()
-        on_signal(exit_at_once)
+        if kind is Stopped:
+            self.bar.close()
+            way_out = "" if self.folder is None else "; the same command continues"
+            print(f"stopped by {error} after {len(self.summary)} episodes{way_out}", flush=True)
+            sys.exit(EXIT_STOPPED)
 
 
 class Verification(Recording):
@@ -1394,6 +1398,7 @@ class Verification(Recording):
     def __init__(self, args: Args, folder: Path):
         super().__init__(args, folder)
         self.read()
+        handle_signals()
         self.faults = []
         self.checking = deque()  # futures of the episodes that are being compared
         self.log_prob_error = 0.0
@@ -1425,6 +1430,7 @@ class Verification(Recording):
                 self.settle(2 * CORES)
                 path = self.drawn[index]
                 self.checking.append(POOL.submit(fault_in, path, self.levels, index, episode, self.same_build))
+        stop_if_asked()
 
     def settle(self, number: int) -> None:
         """Wait until at most this number of comparisons are under way."""
@@ -1610,6 +1616,7 @@ def video_pictures(metadata: dict, rows, num: int, columns: int, size: int):
             ImageDraw.Draw(panel).text((2, 1), caption)
             sheet.paste(panel, (i % columns * size, i // columns * (size + strip)))
         yield sheet
+        stop_if_asked()
         playing.difference_update(np.flatnonzero(first))
         if not playing:
             break
@@ -1637,7 +1644,6 @@ def write_mp4(path: Path, pictures) -> None:
 
 
 def main() -> None:
-    on_signal(exit_at_once)
     args = read_args(sys.argv[1:])
     folder = args.verify or args.render or args.dataset_saving_dir
     try:
@@ -1657,6 +1663,9 @@ def main() -> None:
             collect(args, path, state, folder, {})
     except Unfit as error:
         fail(error.reason, error.code)
+    except Stopped as error:
+        print(f"stopped by {error}", flush=True)
+        sys.exit(EXIT_STOPPED)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python's last flush fails as well
         fail("the program that read the output has ended; the same command continues")
@@ -1665,7 +1674,6 @@ def main() -> None:
     except (OSError, MemoryError) as error:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         fail(f"{folder or args.ratio_checkpoint_dir} could not be written: {reason}; the same command continues")
-    on_signal(signal.SIG_IGN)  # a signal during Python's shutdown would change the exit code
 
 
 def collect_from_runs(args: Args) -> None:

@@ -102,8 +102,8 @@ class Args:
     wandb_entity: str | None = None  # Weights & Biases team
 
 
-# Arguments that are left out of the run's name and may change on --resume. There are two exceptions: with anneal_lr,
-# total_timesteps may not change; save_dataset can be switched off but not on.
+# Arguments that do not affect the result: they are not in the run's name and may change on --resume. There are two
+# exceptions: with anneal_lr, total_timesteps may not change; save_dataset can be switched off but not on.
 FREE_ARGUMENTS = (
     "total_timesteps", "log_interval", "archive_interval", "num_eval_episodes", "cuda", "torch_deterministic",
     "save_dataset", "xpid", "model_saving_dir", "resume", "track", "wandb_project_name", "wandb_entity",
@@ -210,7 +210,7 @@ def compute_gae(rewards, values, dones, next_value, next_done, gamma, gae_lambda
 
 
 def ppo_loss(agent, obs, actions, logprobs, returns, values, advantages, args):
-    """PPO's loss (Schulman et al. 2017, equation 9), averaged over N samples, and a dict of its terms, tensors ().
+    """PPO's loss (Schulman et al. 2017, equation 9), a mean over N samples, and a dict of its terms, each a tensor ().
 
     obs is (N, 64, 64, 3) uint8, the others (N,); logprobs and values come from the policy that acted. A term that you
     add to the dict is logged as losses/{name}.
@@ -229,7 +229,8 @@ def ppo_loss(agent, obs, actions, logprobs, returns, values, advantages, args):
 
     entropy = entropy.mean()
     loss = policy_loss - args.ent_coef * entropy + args.vf_coef * value_loss
-    with torch.no_grad():  # two estimates of the KL divergence are from http://joschu.net/blog/kl-approx.html
+    with torch.no_grad():
+        # old_approx_kl and approx_kl estimate the KL divergence as in http://joschu.net/blog/kl-approx.html.
         terms = {
             "policy_loss": policy_loss.detach(),
             "value_loss": value_loss.detach(),
@@ -751,7 +752,7 @@ def choose_microbatch_size(device: torch.device) -> int:
     """How many frames go through the network at once in the update. The last bits of the result depend on it.
 
     On a CPU 64 and 128 are the fastest of 16 to 256, as their activations stay in the cache. On a GPU 1,024 frames take
-    about 1.2 GB; one with less than 4 GB gets fewer. Total memory decides, because other processes change the free one.
+    about 1.2 GB; one with less than 4 GB gets fewer. Total memory decides, because other processes change free memory.
     """
     if device.type == "cpu":
         return 64
@@ -860,7 +861,7 @@ def pack_checkpoint(state: dict) -> bytes:
 
 
 def read_checkpoint(path: Path) -> bytes:
-    if path.is_dir():
+    if os.path.isdir(path):
         fail(f"--checkpoint {path} is a folder; a checkpoint is a file such as final/model_*.pt in it", 2)
     try:
         return path.read_bytes()
@@ -943,7 +944,7 @@ class Run:
     """Owns a run's folder: locks it, begins or resumes the run, logs, checkpoints, and saves if it ends early.
 
     `with Run(...) as run:` goes around the loop. run.iteration is the number of iterations completed. run.snapshot is
-    the state after the last complete one, and save() writes that and nothing else.
+    the state after the last complete one, and the only one that save() writes.
     """
 
     def __init__(self, args: Args, state: TrainState, num_iterations: int):
@@ -1150,15 +1151,16 @@ class Run:
                 self.writer.add_scalar(tag, value, step)
         self.writer.flush()
         self.append_to_table({"iteration": self.iteration, "global_step": step, **metrics})
+        rollout = self.state.envs.take_rows(logprobs) if self.args.save_dataset else None
         test_return = metrics["charts/test_return"]
         snapshot = self.take_snapshot(None if math.isnan(test_return) else test_return)
         if self.archives(self.iteration):
             self.write_evaluated("checkpoint", f"model_{self.iteration}_", snapshot)
-        # Only now is the iteration complete: if its archive could not be written, a resumed run repeats it.
+        # Only now is the iteration complete: if something above has failed, a resumed run repeats it.
         self.snapshot = snapshot
         self.steps_of_iteration = 0
-        if self.args.save_dataset:
-            self.unsaved_rollouts.append(self.state.envs.take_rows(logprobs))
+        if rollout is not None:
+            self.unsaved_rollouts.append(rollout)
 
         time_left = tqdm.format_interval((self.num_iterations - self.iteration) * self.batch_size / speed)
         returns = f"train return {metrics['charts/episodic_return']:.2f}, test return {self.state.test_return:.2f}"

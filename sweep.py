@@ -591,7 +591,7 @@ def require_known_paths(settings: dict) -> None:
 
 
 def arguments_of(command: str) -> str:
-    """What a command has after its script. The interpreter is left out, so that the same run is found with any."""
+    """What a command has after its script. The interpreter is left out, so that a run is found whatever ran it."""
     match = re.search(r"\.py'? (.*)", command)
     return match[1] if match else ""
 

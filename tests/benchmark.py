@@ -220,8 +220,9 @@ def limits(device, env_id, result):
         steps += 1
     figures = {"epochs": args.update_epochs, "batch_size": args.num_envs * args.num_steps}
     figures |= {"archive_interval": args.archive_interval, "log_interval": args.log_interval}
+    cpu = torch.cpu.get_capabilities()
     figures |= {
-        "bfloat16": device == "cuda" or torch.cpu.get_capabilities().get("avx512_bf16", False),
+        "bfloat16": device == "cuda" or cpu.get("avx512_bf16", False) or cpu.get("amx_bf16", False),
         "threads": torch.get_num_threads(),
         "environment": steps * args.num_envs / (time.perf_counter() - start),
     }

@@ -5,7 +5,7 @@ import shutil
 import signal
 import time
 
-signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup the scripts would leave it ignored, before they are imported
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup the scripts would leave it ignored
 
 import check_resume
 import pytest

@@ -46,6 +46,7 @@ def run_main(module, arguments, folder):
         os.chdir(folder_before)
         sys.argv = argv_before
         ppo_procgen.signals_received.clear()
+        collect_procgen.signals_received.clear()
         for signum, handler in handlers.items():
             signal.signal(signum, handler)
     return subprocess.CompletedProcess(arguments, code, stdout.getvalue(), stderr.getvalue())

@@ -340,7 +340,8 @@ def test_a_whole_number_may_have_an_exponent(form, text, expected):
         ("--checkpoint CHECKPOINT --seed -1", 2, "--seed is -1"),
         ("--checkpoint CHECKPOINT --num-levels -1", 2, "--num-levels is -1"),
         ("--checkpoint CHECKPOINT --start-level 2147483640 --num-levels 100", 2, "--num-levels is 100"),
-        ("--checkpoint missing.pt", 1, "missing.pt does not exist"),
+        ("--checkpoint missing.pt", 1, "missing.pt cannot be read: No such file"),
+        (f"--checkpoint {'x' * 300}", 1, "cannot be read: File name too long"),
         ("--checkpoint truncated.pt", 1, "truncated.pt is damaged"),
         ("--checkpoint foreign.pt", 1, "foreign.pt is damaged, or not written by these scripts"),
         (

@@ -8,6 +8,7 @@ import resource
 import shutil
 import signal
 import subprocess
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import check_resume
@@ -251,6 +252,25 @@ def test_a_full_disk_is_one_line_and_no_partial_file(starpilot, tmp_path):
     assert not list((tmp_path / "d").glob(".*.tmp"))
     assert collect(tmp_path / "d", starpilot, "--num-episodes", "12").returncode == 0
     assert verify(tmp_path / "d").returncode == 0
+
+
+def test_when_a_write_has_failed_no_other_goes_on_beyond_the_lock(starpilot, tmp_path, monkeypatch):
+    write_file, begun, done = collect_procgen.write_file, [], []
+
+    def full(path, content, **options):
+        if path.parent.name != "starpilot":
+            return write_file(path, content, **options)
+        begun.append(path)
+        if len(begun) == 1:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        time.sleep(0.5)
+        done.append(path)
+
+    monkeypatch.setattr(collect_procgen, "write_file", full)
+    monkeypatch.setattr(collect_procgen, "POOL", ThreadPoolExecutor(2))
+    process = collect(tmp_path / "d", starpilot, "--num-episodes", "2")
+    assert process.returncode == 1 and "No space left" in process.stderr
+    assert len(begun) == 2 and len(done) == 1
 
 
 # WHAT OTHERS DID TO THE FOLDER

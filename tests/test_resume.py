@@ -22,6 +22,7 @@ from check_resume import MOMENTS, differences, launch, read_run, run_disturbed, 
 from conftest import assert_one_line, wait_for
 from runs import ROOT, run_main
 
+import collect_procgen
 import ppo_procgen
 
 
@@ -305,6 +306,25 @@ def test_what_ends_a_run_early_saves_its_last_iteration_first(uninterrupted, tmp
     assert recorded == 6 * 16
 
 
+def test_a_step_that_cannot_be_recorded_ends_the_run_with_what_was_recorded_before(tmp_path, monkeypatch):
+    step, steps = ppo_procgen.Recorder.step, []
+
+    def skipping(recorder, actions):
+        steps.append(actions)
+        result = step(recorder, actions)
+        if len(steps) == 2 * 16 + 5:  # in the third iteration
+            recorder.rows.pop()
+        return result
+
+    monkeypatch.setattr(ppo_procgen.Recorder, "step", skipping)
+    process = runs.train(tmp_path, "--save-dataset", "--log-interval", "100")
+    assert process.returncode == 1
+    assert_one_line(process.stderr, "a wrapper repeats or skips steps")
+    assert runs.load(runs.run_dir(tmp_path) / "rolling" / "model.pt")["iteration"] == 2
+    (path,) = runs.run_dir(tmp_path).glob("rollouts/*.npz")
+    assert path.name == "0_00000000.npz" and len(np.load(path)["actions"]) == 2 * 16
+
+
 def test_a_reader_that_has_gone_is_not_a_full_disk(tmp_path):
     command = " ".join([*runs.SCRIPT, *runs.SMALL, "--log-interval", "1", "| head -1"])
     process = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True)
@@ -534,12 +554,13 @@ def test_evaluations_have_no_part_in_the_speed(tmp_path, monkeypatch):
     assert speeds == [64 / (16 + 2), 128 / (32 + 4)]
 
 
-def test_a_run_under_nohup_does_not_stop_when_the_terminal_goes(monkeypatch):
-    handlers = {signum: signal.getsignal(signum) for signum in ppo_procgen.STOP_SIGNALS}
+@pytest.mark.parametrize("script", [ppo_procgen, collect_procgen])
+def test_a_script_under_nohup_does_not_stop_when_the_terminal_goes(script):
+    handlers = {signum: signal.getsignal(signum) for signum in script.STOP_SIGNALS}
     try:
         for before in (signal.SIG_IGN, signal.SIG_DFL):
             signal.signal(signal.SIGHUP, before)
-            ppo_procgen.handle_signals()
+            script.handle_signals()
             assert (signal.getsignal(signal.SIGHUP) == signal.SIG_IGN) == (before == signal.SIG_IGN)
     finally:
         for signum, handler in handlers.items():
