@@ -1644,6 +1644,7 @@ def write_mp4(path: Path, pictures) -> None:
 
 
 def main() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until handle_signals is called, Ctrl-C ends it without a traceback
     args = read_args(sys.argv[1:])
     folder = args.verify or args.render or args.dataset_saving_dir
     try:

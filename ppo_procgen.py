@@ -1102,7 +1102,7 @@ class Run:
         step = self.iteration * self.batch_size
         total_steps = self.num_iterations * self.batch_size
         # Tell TensorBoard to drop what a killed process logged beyond the resumed step.
-        self.writer = SummaryWriter(self.folder, purge_step=step + 1 if saved else 0)
+        self.writer = SummaryWriter(self.folder, purge_step=(step + 1) if saved else 0)
         if not saved:
             table = "\n".join(f"|{name}|{value}|" for name, value in asdict(self.args).items())
             self.writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
@@ -1336,6 +1336,7 @@ class Run:
 
 
 def main() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until handle_signals is called, Ctrl-C ends it without a traceback
     args = parse_args()
     keep_large_blocks()
     try:

@@ -1203,7 +1203,8 @@ def main() -> int:
         plot(runs, Path(args.output or f"{path.stem}.png"), reference)
         return 0
     if args.only_missing:
-        runs = [run for run, seed in zip(runs, progress_of(runs)) if seed.state not in ("done", "running")]
+        started = ("done", "running")
+        runs = [run for run, progress in zip(runs, progress_of(runs)) if progress.state not in started]
     if args.action == "print":
         for run in runs:
             print(run.command)
