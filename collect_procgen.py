@@ -888,7 +888,7 @@ def write_file(path: Path, content: bytes, temporaries: Path | None = None) -> N
 
 
 def to_npz(arrays: dict) -> bytes:
-    """What np.savez_compressed writes, but at zlib's level 3: two to three times as fast, and up to a fifth larger."""
+    """What np.savez_compressed writes, but at zlib's level 3: 1.4 to 2.4 times as fast, and up to a quarter larger."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED, compresslevel=3) as file:
         for key, array in arrays.items():
