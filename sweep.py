@@ -663,9 +663,9 @@ def summarise(runs: list, progress: list) -> tuple:
             row[name] = nan_mean([getattr(seed, name) for seed in seeds])
             row[f"final_{name}"] = nan_mean(final)
             row[f"final_{name}_deviation"] = float(np.std(final, ddof=1)) if len(final) > 1 else math.nan
-        row["normalised"] = nan_mean([normalised_return(seed) for seed in done])
-        for seed in done:
-            value = normalised_return(seed)
+        normalised = [normalised_return(seed) for seed in done]
+        row["normalised"] = nan_mean(normalised)
+        for seed, value in zip(done, normalised):
             if not math.isnan(value):
                 normalised_returns.setdefault(method, {}).setdefault(seed.game, []).append(value)
         table.append(row)
